@@ -1,0 +1,1 @@
+"""Fast operations on packed weights; only this part knows CUDA."""

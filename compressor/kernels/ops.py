@@ -1,0 +1,64 @@
+"""The operations that packed layers call, behind `torch.library`, with the fastest CPU library op for each.
+
+M tokens, O output features, I input features, G groups in a row. Both ops compute in bfloat16, the only dtype for which
+the ATen ops have a fast path (float32 is 120 times slower: reference, kernels 9.1). A float reference of each is the
+dequantized weight times the input; the tests hold the ops to it.
+"""
+
+import torch
+from torch import Tensor
+
+INT4_GROUPS = (32, 64, 128)  # what both the op and our formats take
+INT4_ROW_MULTIPLE = 16
+
+_library = torch.library.Library("compressor", "DEF")
+_library.define("int4_linear(Tensor x, Tensor packed, Tensor scales_zeros, int group_size) -> Tensor")
+_library.define("int8_linear(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+
+
+def int4_linear_cpu(x_MI: Tensor, packed: Tensor, scales_zeros: Tensor, group_size: int) -> Tensor:
+    """x times the transposed int4 weight; `packed` from `pack_int4_cpu`, output `[M, O]` in x's dtype."""
+    result = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI.to(torch.bfloat16), packed, group_size, scales_zeros)
+    return result.to(x_MI.dtype)
+
+
+def int8_linear_cpu(x_MI: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
+    """x times the transposed int8 weight with one scale a row; output `[M, O]` in x's dtype."""
+    return torch.ops.aten._weight_int8pack_mm(x_MI.to(torch.bfloat16), codes_OI, scales_O).to(x_MI.dtype)
+
+
+_library.impl("int4_linear", int4_linear_cpu, "CPU")
+_library.impl("int8_linear", int8_linear_cpu, "CPU")
+
+
+@torch.library.register_fake("compressor::int4_linear", lib=_library)
+def _(x_MI: Tensor, packed: Tensor, scales_zeros: Tensor, group_size: int) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], scales_zeros.shape[1])
+
+
+@torch.library.register_fake("compressor::int8_linear", lib=_library)
+def _(x_MI: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], codes_OI.shape[0])
+
+
+def pack_int4_cpu(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes from -8 to 7 in ATen's CPU layout `[O, I/2]` (uint8), and scales with zeros `[G, O, 2]` (bfloat16).
+
+    ATen reads `w = (q - 8) * scale + zero` with unsigned q; our `(code - z) * scale` is that with `zero = -z * scale`.
+    """
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.to(torch.int32) + 8, 1)
+    scales = scales_OG.float()
+    shift = torch.zeros_like(scales) if zeros_OG is None else -zeros_OG.float() * scales
+    return packed, torch.stack([scales, shift], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
+
+
+def unpack_int4_cpu(packed: Tensor, in_features: int) -> Tensor:
+    """The codes `[O, I]` (int8) back out of ATen's layout, which depends on the machine.
+
+    The op itself is asked: with scale 1 and zero 0 its product with the identity is the code matrix, exactly.
+    """
+    num_groups = in_features // INT4_GROUPS[0]
+    ones = torch.stack([torch.ones(num_groups, packed.shape[0]), torch.zeros(num_groups, packed.shape[0])], dim=-1)
+    identity = torch.eye(in_features, dtype=torch.bfloat16)
+    codes_IO = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, packed, INT4_GROUPS[0], ones.to(torch.bfloat16))
+    return codes_IO.T.to(torch.int8).contiguous()

@@ -1,0 +1,29 @@
+"""How a transformers model is put together; only this part knows transformers' insides and family names."""
+
+from compressor.models.anatomy import Block, ExpertStack, WeightSite, dequantized, in_float32
+from compressor.models.demo import DEMO_MODELS, demo_texts
+from compressor.models.families import FAMILIES
+from compressor.models.loading import load_model, resolve, wrap_live
+from compressor.models.model import Head, Model, Source
+from compressor.models.observation import Routed, observe_experts
+from compressor.models.transformers_io import disk_names
+
+__all__ = [
+    "DEMO_MODELS",
+    "FAMILIES",
+    "Block",
+    "ExpertStack",
+    "Head",
+    "Model",
+    "Routed",
+    "Source",
+    "WeightSite",
+    "demo_texts",
+    "dequantized",
+    "disk_names",
+    "in_float32",
+    "load_model",
+    "observe_experts",
+    "resolve",
+    "wrap_live",
+]

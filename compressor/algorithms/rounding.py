@@ -10,8 +10,7 @@ from torch import Tensor
 
 from compressor.quant import QuantizedTensor, QuantSpec
 
-# Shrink factors tried for the largest weight of a group. The first one clips nothing. Finer or deeper grids changed
-# SmolLM2's perplexity by less than 0.05 (docs/decisions.md, 2026-11-21).
+# Shrink factors tried for the largest weight of a group, from 1 (nothing is clipped) down to 1 - SHRINK_RANGE.
 SHRINK_STEPS = 20
 SHRINK_RANGE = 0.55
 # Float32 elements searched at once: rows go in chunks, so that the search never holds copies of a large weight.

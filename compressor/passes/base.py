@@ -84,7 +84,7 @@ def weight_names(model: Model) -> list[str]:
     return names
 
 
-def kept_rows(block: Block, treated: set[str]) -> list[LedgerRow]:
+def kept_rows(block: Block, treated: set[str], otherwise: str = "ignored") -> list[LedgerRow]:
     """Rows for the parameters of a block that a pass does not touch, with the reason."""
     rows = []
     for name, parameter in block.module.named_parameters():
@@ -93,7 +93,7 @@ def kept_rows(block: Block, treated: set[str]) -> list[LedgerRow]:
             continue
         router = block.experts and name.startswith(f"{block.experts.router_path}.")
         reason = (
-            "router" if router else ("bias" if name.endswith("bias") else "norm" if parameter.dim() == 1 else "ignored")
+            "router" if router else ("bias" if name.endswith("bias") else "norm" if parameter.dim() == 1 else otherwise)
         )
         rows.append(_kept(full, reason, parameter))
     return rows

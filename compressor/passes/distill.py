@@ -29,10 +29,10 @@ class Distill(BaseModel):
     data: str = Field(DEMO_TEXT, description="demo/text, a .txt or .jsonl file, or a folder of them")
     tokens: int = Field(200_000, ge=1, description="tokens trained on, in all; texts repeat if they hold fewer")
     loss: Literal["forward_kl"] = "forward_kl"
-    temperature: float = Field(1.0, gt=0)
-    learning_rate: float = Field(3e-4, gt=0)
+    temperature: float = Field(2.0, gt=0, description="above 1 the less likely tokens weigh more")
+    learning_rate: float = Field(2e-4, gt=0)
     length: int = Field(256, ge=8, description="tokens in a window")
-    batch_tokens: int = Field(2048, ge=8, description="tokens in an optimiser step")
+    batch_tokens: int = Field(512, ge=8, description="tokens in an optimiser step")
 
     def plan(self, model: Model) -> list[LedgerRow]:
         """Every weight is trained; refuses quantized models."""

@@ -205,7 +205,8 @@ class Prune(BaseModel):
                 for name, parameter in stack.router.named_parameters():
                     full = f"{block.name}.{stack.router_path}.{name}"
                     rows.append(_pruned(full, parameter.numel(), bits, "router rows follow the experts"))
-        return rows + kept_rows(block, {row.name for row in rows})
+        otherwise = "not an expert" if self.structure == "experts" else "ignored"
+        return rows + kept_rows(block, {row.name for row in rows}, otherwise)
 
     def _check_width(self, name: str, width: int) -> None:
         if self.structure == "2:4" and width % 4:

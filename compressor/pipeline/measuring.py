@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from compressor.calibration import Progress, load_texts, windows
+from compressor.calibration import Progress, load_texts, release_memory, windows
 from compressor.checkpoint import Journal
 from compressor.errors import RecipeError
 from compressor.metrics import (
@@ -79,6 +79,7 @@ class Measuring:
         reason: str | None = later
         items: list[dict[str, Any]] = []
         counts = self._counts(model)
+        release_memory()
         with PeakMemory() as peak:
             if full:
                 result = self._accuracy(model, step, counts)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.calibration import Progress
+from compressor.calibration import Progress, release_memory
 from compressor.checkpoint import write_text
 from compressor.errors import RecipeError
 from compressor.exporters import compare_reloaded, export_safetensors, model_card, write_manifest
@@ -116,6 +116,7 @@ def _apply(
             reference=source,
         )
         journal.append("begin", step=i)
+        release_memory()
         cpu = time.process_time()
         with PeakMemory() as peak:
             ledger = step.apply(model, context)

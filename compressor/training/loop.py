@@ -58,7 +58,7 @@ def fit(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     module.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
+        module.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, steps))
     prepared, optimizer, rate = accelerator.prepare(module, optimizer, rate)

@@ -13,8 +13,8 @@ from compressor.quant import QuantizedTensor, QuantSpec
 # Shrink factors tried for the largest weight of a group, from 1 (nothing is clipped) down to 1 - SHRINK_RANGE.
 SHRINK_STEPS = 20
 SHRINK_RANGE = 0.55
-# Float32 elements searched at once: rows go in chunks, so that the search never holds copies of a large weight.
-CHUNK_ELEMENTS = 1 << 22
+# Float32 elements searched at once: a chunk of rows and its candidate stay in the cache of a core.
+CHUNK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,12 @@ def _fit_rows(
             zero = (spec.lowest - low / torch.where(scale > 0, scale, 1)).round().clamp(spec.lowest, spec.highest)
         scale = scale.to(dtype).float()
         scale = torch.where(scale > 0, scale, 1)  # a group of zeros: any scale is exact
-        codes = (grouped / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(spec.lowest, spec.highest)
-        error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(grouped).square_()
+        codes = (grouped * (1 / scale).unsqueeze(-1)).round_()
+        if spec.symmetric:
+            codes.clamp_(spec.lowest, spec.highest)
+        else:
+            codes.add_(zero.unsqueeze(-1)).clamp_(spec.lowest, spec.highest).sub_(zero.unsqueeze(-1))
+        error = codes.mul_(scale.unsqueeze(-1)).sub_(grouped).square_()
         loss = (error if importance is None else error.mul_(importance)).sum(-1)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)

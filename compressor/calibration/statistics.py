@@ -4,13 +4,14 @@ M tokens, I input features.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-# Inputs are packed to this many rows before they enter a product: long thin products are the fast ones.
-ROWS = 4096
+# Rows and columns that enter a product at once: widened to float32 they stay in the cache of a core.
+ROWS = 1024
+COLUMNS = 384
 
 
 @contextmanager
@@ -31,10 +32,14 @@ def exact_bfloat16_products() -> Iterator[None]:
 
 
 class Hessian:
-    """Sum of `x x^T` over the inputs of a layer, `[I, I]` float32; `add` takes `[M, I]`."""
+    """Sum of `x x^T` over the inputs of a layer, `[I, I]` float32; `add` takes `[M, I]`.
+
+    The matrix is symmetric: only blocks on and above its diagonal are summed (a rank-k update), two fifths fewer
+    products for 1,536 inputs.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.value = torch.zeros(width, width, device=device)
+        self._upper = torch.zeros(width, width, device=device)
         self.tokens = 0
 
     def add(self, x_MI: Tensor, weight_M: Tensor | None = None) -> None:
@@ -44,11 +49,15 @@ class Hessian:
         for rows in range(0, len(x_MI), ROWS):
             x = x_MI[rows : rows + ROWS].float()
             left = x if weight_M is None else x * weight_M[rows : rows + ROWS, None]
-            if exact:
-                with exact_bfloat16_products():
-                    self.value.addmm_(left.T, x)
-            else:
-                self.value.addmm_(left.T, x)
+            with exact_bfloat16_products() if exact else nullcontext():
+                for start in range(0, x.shape[1], COLUMNS):
+                    part = left[:, start : start + COLUMNS]
+                    self._upper[start : start + COLUMNS, start:].addmm_(part.T, x[:, start:])
+
+    @property
+    def value(self) -> Tensor:
+        """The whole matrix."""
+        return self._upper.triu() + self._upper.triu(1).T
 
 
 class InputNorm:

@@ -4,7 +4,6 @@ N windows, T tokens in a window, D model width, M tokens, k experts per token.
 """
 
 import ctypes
-import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from compressor.models import Block, Model, Routed, observe_experts
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -31,7 +30,6 @@ def release_memory() -> None:
     The C library keeps what tensors of changing sizes leave behind: without this, a walk over demo/tiny-moe grew by
     300 MB a block (docs/decisions.md, 2026-11-22).
     """
-    gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

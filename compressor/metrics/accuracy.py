@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.calibration.stream import Progress, last_hidden
+from compressor.calibration.stream import Progress, last_hidden, release_memory
 from compressor.metrics.accuracy_result import AccuracyResult, TextScores, summarise
 from compressor.metrics.baseline_states import BaselineStates, TextSet
 from compressor.models import Head, Model
@@ -133,6 +133,7 @@ def _score(text: TextSet, hidden_NTD: Tensor, head: Head, baseline: BaselineStat
             kept_logits_MV = baseline.head.logits(kept_MD[rows]).to(logits_MV.device)
             kl.append(token_kl(kept_logits_MV, logits_MV).cpu())
             agreement.append(token_agreement(kept_logits_MV, logits_MV).cpu())
+        release_memory()  # what a chunk leaves behind in the heap added up to 9 GB over 32,768 tokens of SmolLM2
 
     def by_window(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts).view(text.ids.shape)[:, :-1].double()

@@ -146,9 +146,14 @@ class Quantize(BaseModel):
         if stack and inputs is not None:
             spec = self.expert_spec(block)
             outcome = quantize_experts(
-                stack, inputs.gather() if self.observes else None, self, spec, model.dtype, context.memory_bytes,
+                stack,
+                inputs.gather() if self.observes else None,
+                self.solve,
+                spec,
+                model.dtype,
+                context.memory_bytes,
                 pruned=f"{stack.name}.gate_up_proj" in model.state.pruned,
-            )  # fmt: skip
+            )
             reason = "; ".join(filter(None, (self._fallback(spec), outcome.reason)))
             for name, error in outcome.errors.items():
                 count = torch.Size(stack.shapes()[name]).numel()

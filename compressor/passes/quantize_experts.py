@@ -3,23 +3,20 @@
 E experts, H model width, F expert width, M tokens.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compressor.calibration import GatheredInputs, Hessian
 from compressor.models import ExpertStack
-from compressor.quant import QuantizedTensor, QuantSpec
+from compressor.quant import QuantizedTensor, QuantSpec, concatenate
 
-if TYPE_CHECKING:
-    from compressor.passes.quantize import Quantize
+# The pass's solver: weights, Hessian or None, scheme, dtype of the scales, mask or None; and why it had to round, if so
+Solve = Callable[[Tensor, Tensor | None, QuantSpec, torch.dtype, Tensor | None], tuple[QuantizedTensor, str]]
 
-# An expert's Hessian beats no statistics from about two tokens for each input on (reference: pruning_distillation_moe,
-# 8).
+# From about two tokens for each input on, an expert's own Hessian beats rounding (the rule that Olive uses).
 TOKENS_PER_INPUT = 2
 # Weight of the layer's pooled Hessian, in tokens for each input, in every expert's gate/up statistics.
 POOLED_TOKENS_PER_INPUT = 0.25
@@ -40,7 +37,7 @@ class ExpertOutcome:
 def quantize_experts(
     stack: ExpertStack,
     inputs: GatheredInputs | None,
-    options: Quantize,
+    solve: Solve,
     spec: QuantSpec,
     dtype: torch.dtype,
     memory_bytes: int | None,
@@ -56,8 +53,8 @@ def quantize_experts(
     """
     gate_up, down = stack.read()
     if inputs is None:
-        gate_up_q, _ = options.solve(gate_up, None, spec, dtype)
-        down_q, _ = options.solve(down, None, spec, dtype)
+        gate_up_q, _ = solve(gate_up, None, spec, dtype, None)
+        down_q, _ = solve(down, None, spec, dtype, None)
         errors = {"gate_up_proj": _weight_error(gate_up, gate_up_q), "down_proj": _weight_error(down, down_q)}
         stack.install(gate_up_q, down_q)
         return ExpertOutcome(errors, None, (), None, "")
@@ -65,6 +62,7 @@ def quantize_experts(
     enough = TOKENS_PER_INPUT * gate_up.shape[-1]
     pooled = Hessian(gate_up.shape[-1])
     pooled.add(inputs.hidden)
+    mean_HH = pooled.value / max(1, pooled.tokens)
     width = max(gate_up.shape[-1], down.shape[-1])
     budget = (memory_bytes or DEFAULT_MEMORY) // 4
     chunk = max(1, budget // (3 * 4 * width * width))  # Hessian, its permuted copy and its factor, float32
@@ -74,9 +72,9 @@ def quantize_experts(
     for start in range(0, stack.num_experts, chunk):
         experts = range(start, min(start + chunk, stack.num_experts))
         policy += [_tier(counts[e], gate_up.shape[-1]) for e in experts]
-        hessians = torch.stack([_gate_up_hessian(*inputs.inputs_of(e, enough), pooled) for e in experts])
+        hessians = torch.stack([_gate_up_hessian(*inputs.inputs_of(e, enough), mean_HH) for e in experts])
         part = gate_up[start : experts.stop]
-        gate_up_q, problem = options.solve(part, hessians, spec, dtype, part != 0 if pruned else None)
+        gate_up_q, problem = solve(part, hessians, spec, dtype, part != 0 if pruned else None)
         _add_error(sums["gate_up_proj"], part, gate_up_q, hessians)
         problems.add(problem)
         quantized = [gate_up_q[i].dequantize(dtype) for i in range(len(experts))]
@@ -84,11 +82,11 @@ def quantize_experts(
             [_down_hessian(stack, *inputs.inputs_of(e, enough), quantized[e - start]) for e in experts]
         )
         part = down[start : experts.stop]
-        down_q, problem = options.solve(part, down_hessians, spec, dtype, part != 0 if pruned else None)
+        down_q, problem = solve(part, down_hessians, spec, dtype, part != 0 if pruned else None)
         _add_error(sums["down_proj"], part, down_q, down_hessians)
         problems.add(problem)
         solved.append((gate_up_q, down_q))
-    stack.install(_joined([g for g, _ in solved]), _joined([d for _, d in solved]))
+    stack.install(concatenate([g for g, _ in solved]), concatenate([d for _, d in solved]))
     return ExpertOutcome(
         {name: (moved / total) ** 0.5 if total else 0.0 for name, (moved, total) in sums.items()},
         tuple(counts),
@@ -104,12 +102,11 @@ def _tier(count: int, width: int) -> str:
     return "own and borrowed tokens" if count else "borrowed tokens"
 
 
-def _gate_up_hessian(x_MH: Tensor, affinity_M: Tensor | None, pooled: Hessian) -> Tensor:
+def _gate_up_hessian(x_MH: Tensor, affinity_M: Tensor | None, pooled_HH: Tensor) -> Tensor:
     """The expert's own statistics, leaning on those of the whole layer: with few tokens the pooled ones decide."""
     hessian = Hessian(x_MH.shape[-1])
     hessian.add(x_MH, affinity_M)
-    share = POOLED_TOKENS_PER_INPUT * x_MH.shape[-1] / max(1, pooled.tokens)
-    return hessian.value + share * pooled.value
+    return hessian.value + POOLED_TOKENS_PER_INPUT * x_MH.shape[-1] * pooled_HH
 
 
 def _down_hessian(stack: ExpertStack, x_MH: Tensor, affinity_M: Tensor | None, gate_up: Tensor) -> Tensor:
@@ -131,13 +128,3 @@ def _add_error(sums: list[float], weight: Tensor, quantized: QuantizedTensor, he
 
 def _weight_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     return float((quantized.dequantize() - weight.float()).norm() / weight.float().norm())
-
-
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        parts[0].spec,
-    )

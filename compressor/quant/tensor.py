@@ -3,6 +3,7 @@
 O output features, I input features, G groups in a row; any leading dimensions (experts) are allowed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,20 @@ class QuantizedTensor:
 
 def stack(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """One quantized stack `[E, O, I]` out of E weights of the same shape and spec."""
+    return _combined(parts, torch.stack)
+
+
+def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """One stack out of several of the same spec, one after the other."""
+    return _combined(parts, torch.cat)
+
+
+def _combined(parts: list[QuantizedTensor], combine: Callable[[list[Tensor]], Tensor]) -> QuantizedTensor:
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return QuantizedTensor(
-        torch.stack([part.codes for part in parts]),
-        torch.stack([part.scales for part in parts]),
-        torch.stack(zeros) if zeros else None,
+        combine([part.codes for part in parts]),
+        combine([part.scales for part in parts]),
+        combine(zeros) if zeros else None,
         parts[0].spec,
     )
 

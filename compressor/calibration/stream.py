@@ -4,6 +4,7 @@ N windows, T tokens in a window, D model width, M tokens, k experts per token.
 """
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,12 +25,14 @@ def batches(hidden_NTD: Tensor, batch_tokens: int = BATCH_TOKENS) -> Iterator[tu
         yield where, hidden_NTD[where]
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system between blocks.
+def release_memory(*, cycles: bool = False) -> None:
+    """Give freed memory back to the system between blocks; `cycles` also frees what only refers to itself (slow).
 
     The C library keeps what tensors of changing sizes leave behind: without this, a walk over demo/tiny-moe grew by
     300 MB a block (docs/decisions.md, 2026-11-22).
     """
+    if cycles:
+        gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

@@ -79,7 +79,7 @@ class Measuring:
         reason: str | None = later
         items: list[dict[str, Any]] = []
         counts = self._counts(model)
-        release_memory()
+        release_memory(cycles=True)
         with PeakMemory() as peak:
             if full:
                 result = self._accuracy(model, step, counts)

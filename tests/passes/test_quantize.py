@@ -215,7 +215,7 @@ def test_an_expert_of_zeros_does_not_cost_the_others_their_statistics():
         visit = next(walk_blocks(model, tiny_ids(), {}))
         visit.observe(lambda reads, x: None, inputs)
         spec = QuantSpec(bits=4, group_size=32)
-        return stack, quantize_experts(stack, inputs.gather(), Quantize(group_size=32), spec, torch.float32, None)
+        return stack, quantize_experts(stack, inputs.gather(), Quantize(group_size=32).solve, spec, torch.float32, None)
 
     (with_zero, outcome), (whole, _) = solve(True), solve(False)
     codes, expected = (stack.module.down.quantized().codes for stack in (with_zero, whole))

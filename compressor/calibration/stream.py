@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.models import Block, Model, Routed, observe_experts
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 

@@ -59,15 +59,25 @@ class Visit:
             for handle in handles:
                 handle.remove()
 
-    def change(self, after: Tensor) -> float | None:
-        """How far the block's output moved on the same inputs, relative to the output; None if never observed."""
-        if self.outputs is None:
-            return None
+    @torch.no_grad()
+    def advance(self) -> tuple[Tensor, float | None]:
+        """Outputs of the changed block, and how far they moved relative to the outputs; None if it was never observed.
+
+        They take the place of the unchanged block's, batch by batch: a third copy of all activations is never held.
+        """
+        outputs = torch.empty_like(self.inputs) if self.outputs is None else self.outputs
         moved = total = 0.0
-        for where, batch in batches(self.outputs):
-            moved += float((after[where].float() - batch.float()).square().sum(dtype=torch.float64))
-            total += float(batch.float().square().sum(dtype=torch.float64))
-        return (moved / total) ** 0.5 if total else 0.0
+        with dequantized(self.block, self.model.dtype):
+            for where, batch in batches(self.inputs):
+                after = through_block(self.model, self.block, batch)
+                if self.outputs is not None:
+                    before = outputs[where].float()
+                    moved += float((after.float() - before).square().sum(dtype=torch.float64))
+                    total += float(before.square().sum(dtype=torch.float64))
+                outputs[where] = after
+        if self.outputs is None:
+            return outputs, None
+        return outputs, (moved / total) ** 0.5 if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,8 @@ def walk_blocks(
                 dense_outputs = through_block(model, block, dense_inputs)
             visit = Visit(model, block, inputs, dense_inputs)
             yield visit
-            with dequantized(visit.block, model.dtype):
-                outputs = through_block(model, visit.block, inputs)
-            notes[k] = visit.note | {"change": visit.change(outputs)}
+            outputs, change = visit.advance()
+            notes[k] = visit.note | {"change": change}
             inputs, dense_inputs = outputs, (dense_outputs if dense_inputs is not None else None)
             if workplace:
                 model.save_block(visit.block, workplace.folder)

@@ -11,32 +11,35 @@ __version__ = "0.1.0"
 _WHERE = {
     "Calibration": "calibration",
     "Distill": "passes",
+    "Evaluate": "recipe",
     "Model": "models",
     "Policy": "gates",
     "Prune": "passes",
     "Quantize": "passes",
     "Report": "reports",
     "apply": "pipeline",
+    "bisect": "pipeline",
     "check": "pipeline",
     "export": "pipeline",
+    "gate": "pipeline",
     "generate": "pipeline",
-    "judge": "gates",
     "load": "pipeline",
     "load_model": "models",
     "load_recipe": "recipe",
     "measure": "pipeline",
     "run": "pipeline",
+    "sweep": "pipeline",
 }
 
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from compressor.calibration import Calibration
-    from compressor.gates import Policy, judge
+    from compressor.gates import Policy
     from compressor.models import Model, load_model
     from compressor.passes import Distill, Prune, Quantize
-    from compressor.pipeline import apply, check, export, generate, load, measure, run
-    from compressor.recipe import load_recipe
+    from compressor.pipeline import apply, bisect, check, export, gate, generate, load, measure, run, sweep
+    from compressor.recipe import Evaluate, load_recipe
     from compressor.reports import Report
 
 

@@ -119,7 +119,19 @@ def test_a_misspelled_option_is_named_with_line_and_nearest(complaint):
         (MINIMAL + "seed: -1\n", "x.yaml, line 4: seed is -1: it has to be greater than or equal to 0"),
         (MINIMAL + "dtype: bfloat61\n", "x.yaml, line 4: dtype is 'bfloat61'; did you mean 'bfloat16'?"),
         (MINIMAL + "calibration:\n  data: x\n  sampels: 1\n", "x.yaml, line 6: calibration has no option 'sampels'"),
-        (MINIMAL + "evaluate: {tasks: [piqa]}\n", "x.yaml, line 4: evaluate: 'tasks' is not implemented"),
+        (
+            MINIMAL + "evaluate:\n  tasks:\n    - {name: a, kind: cloze, data: x, txt: y}\n",
+            "line 6: evaluate.tasks[0] has no option 'txt'; did you mean 'text'?",
+        ),
+        (
+            MINIMAL + "evaluate:\n  tasks:\n    - {name: a, kind: clozze, data: x}\n",
+            "line 6: evaluate.tasks[0]: kind is 'clozze'; did you mean 'cloze'?",
+        ),
+        (
+            MINIMAL + "evaluate:\n  tasks:\n    - {name: a, data: x}\n",
+            "line 6: evaluate.tasks[0] needs 'kind' (it takes multiple_choice, contexts",
+        ),
+        (MINIMAL + "evaluate: {tasks: [piqa]}\n", "x.yaml, line 4: evaluate.tasks[0] is 'piqa'"),
         (MINIMAL + "evaluate:\n  latency: {batchs: [1]}\n", "line 5: evaluate.latency has no option 'batchs'; did you"),
         (MINIMAL + "export: [onnx]\n", "x.yaml, line 4: export format 'onnx' is not implemented in this version"),
         (MINIMAL + "gate:\n  kl_maen: {max: 1}\n", "x.yaml, line 5: gate has no option 'kl_maen'; did you mean 'kl_m"),

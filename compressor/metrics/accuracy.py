@@ -6,6 +6,7 @@ The unit of resampling, and the `n` of an estimate, is the window: neighbouring 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from compressor.calibration.stream import Progress, last_hidden, release_memory
 from compressor.metrics.accuracy_result import AccuracyResult, TextScores, summarise
 from compressor.metrics.baseline_states import BaselineStates, TextSet
+from compressor.metrics.behaviour.ood import detection_scores
 from compressor.models import Head, Model
 
 # One float32 array of chunk x vocabulary; three of them live at the same time (two log-softmaxes and one product).
@@ -56,10 +58,14 @@ def measure_accuracy(
     texts: Sequence[TextSet],
     *,
     baseline: BaselineStates | None,
+    foreign: Sequence[TextSet] = (),
     observe_routing: ObserveRouting | None = None,
     progress: Progress | None = None,
 ) -> AccuracyResult:
     """Perplexity of each text and, with a baseline, KL, top-1 agreement and the paired perplexity ratio to it.
+
+    `foreign` texts (unlike the others) are scored too, but stand apart in `scores`: no figure of `accuracy` is about
+    them. With any, all scores hold the detectors of foreign text.
 
     `model` is a compressor Model, streamed block by block in exact arithmetic. `observe_routing(layer, top_k_index)`
     sees every router decision on the way (metrics.routing). ValueError when two texts share a name or a token id is
@@ -67,9 +73,9 @@ def measure_accuracy(
     """
     head = model.head()
     scores: dict[str, TextScores] = {}
-    for text, hidden_NTD in _streamed(model, texts, observe_routing, progress):
-        scores[text.name] = _score(text, hidden_NTD, head, baseline)
-    return summarise(_in_order(texts, scores), no_baseline="no baseline was given")
+    for text, hidden_NTD in _streamed(model, [*texts, *foreign], observe_routing, progress):
+        scores[text.name] = _score(text, hidden_NTD, head, baseline, detect=bool(foreign))
+    return _result(texts, foreign, scores, "no baseline was given")
 
 
 def measure_baseline(
@@ -77,6 +83,7 @@ def measure_baseline(
     texts: Sequence[TextSet],
     folder: Path,
     *,
+    foreign: Sequence[TextSet] = (),
     observe_routing: ObserveRouting | None = None,
     progress: Progress | None = None,
 ) -> tuple[AccuracyResult, BaselineStates]:
@@ -86,10 +93,10 @@ def measure_baseline(
     """
     states = BaselineStates(Path(folder), model.head())
     scores: dict[str, TextScores] = {}
-    for text, hidden_NTD in _streamed(model, texts, observe_routing, progress):
-        scores[text.name] = _score(text, hidden_NTD, states.head, None)
+    for text, hidden_NTD in _streamed(model, [*texts, *foreign], observe_routing, progress):
+        scores[text.name] = _score(text, hidden_NTD, states.head, None, detect=bool(foreign))
         states.keep(text, hidden_NTD, scores[text.name].nll_N)
-    return summarise(_in_order(texts, scores), no_baseline="this is the baseline"), states
+    return _result(texts, foreign, scores, "this is the baseline"), states
 
 
 def _streamed(
@@ -107,12 +114,17 @@ def _streamed(
         yield from zip(group, hidden_NTD.split([len(text.ids) for text in group]), strict=True)
 
 
-def _in_order(texts: Sequence[TextSet], scores: dict[str, TextScores]) -> dict[str, TextScores]:
-    return {text.name: scores[text.name] for text in texts}
+def _result(
+    texts: Sequence[TextSet], foreign: Sequence[TextSet], scores: dict[str, TextScores], no_baseline: str
+) -> AccuracyResult:
+    own = summarise({text.name: scores[text.name] for text in texts}, no_baseline=no_baseline)
+    return replace(own, foreign={text.name: scores[text.name] for text in foreign})
 
 
 @torch.inference_mode()
-def _score(text: TextSet, hidden_NTD: Tensor, head: Head, baseline: BaselineStates | None) -> TextScores:
+def _score(
+    text: TextSet, hidden_NTD: Tensor, head: Head, baseline: BaselineStates | None, *, detect: bool
+) -> TextScores:
     """Per-token scores of one text, chunk by chunk over all positions; the last of a window predicts nothing in it."""
     states_MD = hidden_NTD.flatten(0, 1)
     targets_M = text.ids.roll(-1, dims=1).flatten()
@@ -125,10 +137,15 @@ def _score(text: TextSet, hidden_NTD: Tensor, head: Head, baseline: BaselineStat
     if (largest := int(text.ids.max())) >= vocab:
         raise ValueError(f"text {text.name!r}: token id {largest} is outside the model's vocabulary of {vocab}")
     nll, kl, agreement = [], [], []
+    detectors: dict[str, list[Tensor]] = {}
     for part in torch.arange(len(states_MD)).split(max(1, CHUNK_BYTES // (4 * max(vocab, kept_vocab)))):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         logits_MV = head.logits(states_MD[rows])
-        nll.append(token_nll(logits_MV, targets_M[rows].to(logits_MV.device)).cpu())
+        targets = targets_M[rows].to(logits_MV.device)
+        nll.append(token_nll(logits_MV, targets).cpu())
+        if detect:
+            for name, by_token in detection_scores(logits_MV.unsqueeze(1), targets.unsqueeze(1)).items():
+                detectors.setdefault(name, []).append(by_token.cpu())
         if baseline is not None and kept_MD is not None:
             kept_logits_MV = baseline.head.logits(kept_MD[rows]).to(logits_MV.device)
             kl.append(token_kl(kept_logits_MV, logits_MV).cpu())
@@ -146,4 +163,5 @@ def _score(text: TextSet, hidden_NTD: Tensor, head: Head, baseline: BaselineStat
         kl_NT=by_window(kl) if kl else None,
         agreement_NT=by_window(agreement) if agreement else None,
         baseline_nll_N=kept_nll_N,
+        detectors={name: by_window(parts).mean(1) for name, parts in detectors.items()},
     )

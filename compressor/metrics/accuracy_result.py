@@ -32,6 +32,7 @@ class TextScores:
     kl_NT: Tensor | None = None
     agreement_NT: Tensor | None = None
     baseline_nll_N: Tensor | None = None
+    detectors: Mapping[str, Tensor] = field(default_factory=dict)  # of foreign text, by window: higher is more foreign
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class AccuracyResult:
     accuracy: Accuracy
     perplexity_ratio: dict[str, Estimate] | None
     scores: dict[str, TextScores] = field(repr=False)
+    foreign: dict[str, TextScores] = field(default_factory=dict, repr=False)
+
+    def by_window(self) -> dict[str, dict[str, list[float]]]:
+        """{text: {score: by window}} of own and foreign texts: mean KL where there is a baseline, and detectors."""
+        texts = {}
+        for name, score in {**self.scores, **self.foreign}.items():
+            kl = {} if score.kl_NT is None else {"kl": score.kl_NT.mean(1).tolist()}
+            texts[name] = kl | {detector: values.tolist() for detector, values in score.detectors.items()}
+        return texts
 
     def items(self) -> Iterator[dict[str, Any]]:
         """One JSON-ready line per window, for items/*.jsonl: two runs pair by text, window and `ids_sha256`."""

@@ -1,9 +1,12 @@
 """What a model takes: weights in memory, files on the disk, cache per token, and the peak while something runs."""
 
 import itertools
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import UnsupportedModel
+from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.models import Model
 from compressor.reports.measurement import Memory
 
@@ -100,6 +103,43 @@ def _kv_width(config: Any) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * kv_heads * head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Highest resident memory beyond what Python and the libraries hold (`process_bytes`), in a process of its own.
+
+    `loading_bytes` while the folder becomes a model; `generating_bytes` from then on, weights included, while it reads
+    a prompt and generates. Pages of mapped files count. None has a reason.
+    """
+
+    loading_bytes: int | None = None
+    generating_bytes: int | None = None
+    process_bytes: int | None = None
+    reason: str | None = None
+
+
+def measure_peaks(model: str | Path, *, batch: int = 1, prompt: int, generate: int, timeout_s: float = 600) -> Peaks:
+    """Load a model and generate with it in a fresh process, and give the peaks of both.
+
+    A process that has loaded other models reuses their memory, and its peak would show too little; or it still holds
+    them, and shows too much. EnvironmentProblem where the process fails; the message holds the end of what it wrote.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "compressor.metrics.memory_probe",
+        str(model),
+        *map(str, (batch, prompt, generate)),
+    ]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentProblem(f"{model}: loading and generating took more than {timeout_s:g} s") from None
+    if run.returncode:
+        tail = "\n".join(run.stderr.strip().splitlines()[-3:])
+        raise EnvironmentProblem(f"{model}: the process that was to load it ended with {run.returncode}: {tail}")
+    return Peaks(**json.loads(run.stdout.splitlines()[-1]))
 
 
 class PeakMemory:

@@ -1,12 +1,13 @@
 """How a transformers model is put together; only this part knows transformers' insides and family names."""
 
 from compressor.models.anatomy import Block, ExpertStack, WeightSite, dequantized, in_float32
-from compressor.models.demo import DEMO_MODELS, demo_texts
+from compressor.models.demo import DEMO_MODELS, demo_task, demo_texts
 from compressor.models.families import FAMILIES
 from compressor.models.loading import load_model, resolve, wrap_live
 from compressor.models.model import Head, Model, Source
 from compressor.models.observation import Routed, observe_experts
-from compressor.models.transformers_io import disk_names
+from compressor.models.packed_source import is_packed
+from compressor.models.transformers_io import disk_names, read_config
 
 __all__ = [
     "DEMO_MODELS",
@@ -18,12 +19,15 @@ __all__ = [
     "Routed",
     "Source",
     "WeightSite",
+    "demo_task",
     "demo_texts",
     "dequantized",
     "disk_names",
     "in_float32",
+    "is_packed",
     "load_model",
     "observe_experts",
+    "read_config",
     "resolve",
     "wrap_live",
 ]

@@ -30,3 +30,13 @@ def demo_texts(split: str) -> dict[str, Path]:
     """The bundled texts by domain; `split` is `calibration` or `held_out`."""
     folder = Path(str(resources.files("compressor") / "demo" / "text" / split))
     return {path.stem: path for path in sorted(folder.glob("*.txt"))}
+
+
+def demo_task(name: str) -> Path:
+    """The file of a bundled task such as `demo/continuation`; says which there are."""
+    folder = Path(str(resources.files("compressor") / "demo" / "tasks"))
+    path = folder / f"{name.removeprefix('demo/')}.jsonl"
+    if not path.is_file():
+        there = ", ".join(f"demo/{file.stem}" for file in sorted(folder.glob("*.jsonl")))
+        raise EnvironmentProblem(f"there is no bundled task {name!r}; there are {there}")
+    return path

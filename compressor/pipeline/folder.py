@@ -17,7 +17,7 @@ from compressor import __version__
 from compressor.calibration import DEMO_TEXT, Workplace
 from compressor.checkpoint import Journal, file_sha256
 from compressor.errors import EnvironmentProblem, RecipeError
-from compressor.models import Model, demo_texts
+from compressor.models import Model, demo_task, demo_texts
 from compressor.recipe import Recipe
 
 WORK = "work"
@@ -99,11 +99,19 @@ def journal_key(recipe: Recipe, model: Model, device: str) -> dict[str, Any]:
 
 def text_digests(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every text file that a recipe reads, by the path as written."""
-    wanted: list[str | dict[str, str]] = [recipe.calibration.data, recipe.evaluate.text]
+    evaluate = recipe.evaluate
+    wanted: list[str | dict[str, str]] = [recipe.calibration.data, evaluate.text]
+    wanted += [evaluate.ood.text] if evaluate.ood else []
+    wanted += [evaluate.generation.text] if evaluate.generation else []
+    wanted += [_task_file(task.data) for task in evaluate.tasks if not task.data.startswith("hf:")]
     for step in recipe.passes:
         own = getattr(step, "calibration", None)
         wanted += [data for data in (getattr(step, "data", None), own.data if own else None) if data]
     return {name: digest for data in wanted for name, digest in _digests(data).items()}
+
+
+def _task_file(data: str) -> str:
+    return str(demo_task(data)) if data.startswith("demo/") else data
 
 
 def _digests(data: str | dict[str, str]) -> dict[str, str]:
@@ -115,7 +123,7 @@ def _digests(data: str | dict[str, str]) -> dict[str, str]:
         return {data: together.hexdigest()}
     path = Path(data).expanduser()
     if path.is_dir():
-        return {str(file): file_sha256(file) for file in sorted(path.iterdir()) if file.suffix in (".txt", ".jsonl")}
+        return {str(file): file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
     if not path.is_file():
         raise RecipeError(f"there is no text at {data}; possible are {DEMO_TEXT}, a .txt or .jsonl file, a folder")
     return {data: file_sha256(path)}

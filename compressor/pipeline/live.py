@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration
+from compressor.calibration import Calibration, Progress
 from compressor.errors import EnvironmentProblem, RecipeError
 from compressor.exporters import compare_reloaded, export_safetensors
 from compressor.layers import CPU, relayout
-from compressor.metrics import (
-    BaselineStates,
-    describe_environment,
-    measure_accuracy,
-    measure_baseline,
-    measure_memory,
-)
+from compressor.metrics import describe_environment
+from compressor.metrics.behaviour import measure_similarity
+from compressor.metrics.tasks import harness as run_harness
 from compressor.models import Model, load_model, wrap_live
 from compressor.passes import Context, Pass
-from compressor.pipeline.measuring import compare_latency, evaluation_texts
-from compressor.recipe import Latency
-from compressor.reports import Latency as LatencyFigures
-from compressor.reports import Ledger, Measurement, check_complete
+from compressor.pipeline.comparing import compare_models
+from compressor.recipe import Evaluate
+from compressor.reports import Ledger, check_complete
+from compressor.reports.delta import delta
+from compressor.reports.measurement import section_to_json
 
 
 @dataclass(frozen=True)
@@ -100,39 +96,40 @@ def generate(model: str | nn.Module, prompt: str, max_new_tokens: int = 32, *, t
 
 
 def measure(
-    model: str | Model,
+    model: str | Model | nn.Module,
     *,
-    texts: str | dict[str, str] = "demo/text",
-    windows: int = 16,
-    length: int = 256,
-    baseline: str | None = None,
-    latency: Latency | None = None,
+    tokenizer: Any = None,
+    evaluate: Evaluate | None = None,
+    baseline: str | Model | None = None,
+    harness: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, memory and speed of a model as JSON; with a baseline also KL, agreement and ratios to it."""
-    stored = (
-        model
-        if isinstance(model, Model)
-        else load_model(str(_model_folder(Path(model))) if Path(model).is_dir() else model)
-    )
-    sets = evaluation_texts(texts, stored.tokenizer, windows, length)
-    reference = load_model(baseline) if baseline else None
-    with tempfile.TemporaryDirectory() as scratch:
-        states: BaselineStates | None = None
-        if reference is not None:
-            if reference.tokenizer.get_vocab() != stored.tokenizer.get_vocab():
-                raise RecipeError(f"{baseline} has another tokenizer than {stored.name}: their tokens cannot be paired")
-            _, states = measure_baseline(reference, sets, Path(scratch))
-        result = measure_accuracy(stored, sets, baseline=states)
-    figures = Measurement(
-        accuracy=result.accuracy,
-        memory=measure_memory(stored, files=stored.path),
-        latency=compare_latency(stored, reference, latency, None)
-        if latency
-        else LatencyFigures(reasons={"prefill_ms": "not asked for"}),
-        routing_reason="measured in runs, against the model before compression",
-    )
-    ratios = {name: ratio.to_json() for name, ratio in (result.perplexity_ratio or {}).items()}
-    return figures.to_json() | ({"perplexity_ratio": ratios} if ratios else {})
+    """What a model is worth, as JSON: texts, memory, speed, and the tasks and behaviour that `evaluate` asks for.
+
+    With a baseline also KL, agreement, flips and ratios to it. `harness` names tasks of lm-evaluation-harness (extra
+    `eval`), which run on the live model as it is, packed; `include_path` is a folder of task files, `limit` items each.
+    A live module needs its tokenizer.
+    """
+    subject = _subject(model, tokenizer)
+    suite = evaluate or Evaluate(latency=None)
+    after, before = compare_models(subject, _subject(baseline, None) if baseline is not None else None, suite, progress)
+    document = after.measurement.to_json()
+    if before is not None:
+        changed = delta(after.measurement, before.measurement, against_baseline=True)
+        document["from_baseline"] = section_to_json(changed)
+    if harness:
+        with subject.live() as live:
+            options = {"include_path": include_path, "limit": limit}
+            document["harness"] = run_harness(live, subject.tokenizer, harness, **options)  # type: ignore[arg-type]
+    return document
+
+
+def measure_encoder(folder: str | Path, data: str | Path, items: int | None = None) -> dict[str, Any]:
+    """How well a sentence encoder's similarities agree with people's (STS-B): Spearman's rank correlation, as JSON."""
+    found = measure_similarity(folder, data, items=items)
+    return {"similarity": {Path(data).stem: found.spearman.to_json()}}
 
 
 def export(
@@ -197,6 +194,14 @@ def _windows(calibration: Calibration | Tensor | Sequence[Tensor] | None) -> Ten
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise RecipeError(f"calibration: token windows are int64 [N, T], not {ids.dtype} {list(ids.shape)}")
     return ids
+
+
+def _subject(model: str | Model | nn.Module, tokenizer: Any) -> Model:
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise RecipeError("measure: a live model needs its tokenizer")
+        return wrap_live(model, tokenizer)
+    return _stored(model)
 
 
 def _stored(model: str | Path | Model) -> Model:

@@ -1,11 +1,12 @@
-"""What is measured of a model before and after each pass, and how a resumed run gets it back."""
+"""What is measured of a model, once or before and after each pass of a run; a resumed run gets it back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
+import torch
 from torch import Tensor
 
 from compressor.calibration import Progress, load_texts, release_memory, windows
@@ -25,12 +26,71 @@ from compressor.metrics import (
     window_bytes,
 )
 from compressor.models import Model
+from compressor.pipeline.suite import Evidence, SuiteResult, measure_suite
 from compressor.recipe import Evaluate, Latency
 from compressor.reports import Accuracy, LayerRouting, Measurement
 from compressor.reports import Latency as LatencyFigures
 
 # Share of the memory that is free which two live models may take before the speed comparison is left out.
 LIVE_SHARE = 0.6
+LATER = "measured only at the end (evaluate.when)"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The evaluation windows of a suite: its texts, and those unlike them."""
+
+    own: list[TextSet]
+    foreign: list[TextSet]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a model, the lines of its items file, and what a later model is compared with."""
+
+    measurement: Measurement
+    windows: tuple[dict[str, Any], ...] = ()
+    evidence: Evidence = field(default_factory=Evidence)
+    routing_tokens: dict[int, Tensor] | None = None
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The lines of items/*.jsonl."""
+        return [*self.windows, *(item.to_json() for item in self.evidence.items)]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        accuracy = self.measurement.accuracy
+        return {
+            "measurement": self.measurement.to_json(),
+            "window_nll": {name: list(values) for name, values in accuracy.window_nll.items()},
+            "windows": list(self.windows),
+            "evidence": self.evidence.to_json(),
+            "routing_tokens": {k: v.tolist() for k, v in (self.routing_tokens or {}).items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what `to_json` gives."""
+        measurement = Measurement.from_json(data["measurement"])
+        nll = {name: tuple(values) for name, values in data["window_nll"].items()}
+        return cls(
+            measurement=replace(measurement, accuracy=replace(measurement.accuracy, window_nll=nll)),
+            windows=tuple(data["windows"]),
+            evidence=Evidence.from_json(data["evidence"]),
+            routing_tokens={int(k): torch.tensor(v) for k, v in data["routing_tokens"].items()} or None,
+        )
+
+
+def suite_texts(evaluate: Evaluate, tokenizer: Any) -> Texts:
+    """The windows of all texts of a suite; RecipeError for a text that does not fill one, or a name used twice."""
+    own = evaluation_texts(evaluate.text, tokenizer, evaluate.windows, evaluate.length)
+    if evaluate.ood is None:
+        return Texts(own, [])
+    foreign = evaluation_texts(dict(evaluate.ood.text), tokenizer, evaluate.windows, evaluate.length)
+    if both := {text.name for text in own} & {text.name for text in foreign}:
+        raise RecipeError(f"evaluate.ood.text: {min(both)!r} is a name in evaluate.text too; give it another")
+    return Texts(own, foreign)
 
 
 def evaluation_texts(text: str | dict[str, str], tokenizer: Any, count: int, length: int) -> list[TextSet]:
@@ -44,93 +104,131 @@ def evaluation_texts(text: str | dict[str, str], tokenizer: Any, count: int, len
     return sets
 
 
+def measure_model(
+    model: Model,
+    evaluate: Evaluate,
+    texts: Texts,
+    *,
+    keep: Path | None = None,
+    baseline: Measured | None = None,
+    states: BaselineStates | None = None,
+    beside: Callable[[], Model] | None = None,
+    files: Path | None = None,
+    full: bool = True,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure a model by a suite; `full=False` takes memory alone.
+
+    A baseline leaves its last hidden states in `keep`; a later model is compared with them (`states`) and with
+    `baseline`, and timed in turns with `beside`.
+    """
+    accuracy, latency = Accuracy(reasons={"perplexity": LATER}), LatencyFigures(reasons={"prefill_ms": LATER})
+    routing: tuple[LayerRouting, ...] | None = None
+    reason: str | None = LATER
+    lines: list[dict[str, Any]] = []
+    counts = _counts(model)
+    suite: SuiteResult | None = None
+    release_memory(cycles=True)
+    with PeakMemory() as peak:
+        if full:
+            result = _accuracy(model, texts, keep, states, counts, progress)
+            accuracy, lines = result.accuracy, list(result.items())
+            before = baseline.evidence if baseline else None
+            suite = measure_suite(model, evaluate, before, texts=result.by_window(), progress=progress)
+            reasons = {**accuracy.reasons, **suite.task_reasons}
+            accuracy = replace(accuracy, tasks=suite.tasks, reasons=reasons)
+            latency = _latency(model, evaluate.latency, beside, progress)
+            routing, reason = _routing(model, counts, baseline)
+    measurement = Measurement(
+        accuracy=accuracy,
+        memory=measure_memory(model, files=files, peak=peak),
+        latency=latency,
+        routing=routing,
+        routing_reason=reason,
+    )
+    if suite is None:
+        return Measured(measurement)
+    return Measured(
+        measurement=replace(measurement, behaviour=suite.behaviour),
+        windows=tuple(lines),
+        evidence=suite.evidence,
+        routing_tokens=dict(counts.tokens) if counts else None,
+    )
+
+
 @dataclass
 class Measuring:
-    """Measures one model against the run's baseline; keeps every result in the journal, so that nothing runs twice."""
+    """Measures a run's models against its baseline; keeps every result in the journal, so that nothing runs twice."""
 
     evaluate: Evaluate
-    texts: list[TextSet]
+    texts: Texts
     folder: Path
     journal: Journal
     source: Callable[[], Model]  # the baseline, loaded anew
     progress: Progress | None = None
-    baseline_routing: dict[int, Tensor] | None = None
+    baseline: Measured | None = None
 
-    def __call__(
-        self, model: Model, step: int, *, files: Path | None = None, full: bool = True
-    ) -> tuple[Measurement, list[dict[str, Any]]]:
-        """The measurement after a step (-1: before any), and its scores by window; `full=False` takes memory alone."""
+    def __call__(self, model: Model, step: int, *, files: Path | None = None, full: bool = True) -> Measured:
+        """The measurement after a step (-1: before any); `full=False` takes memory alone."""
         entry = self.journal.last("measured", step=step)
         if entry is None:
-            entry = self._measure(model, step, files, full)
-        measurement = Measurement.from_json(entry["measurement"])
-        nll = {name: tuple(values) for name, values in entry["window_nll"].items()}
-        if step < 0 and entry["routing_tokens"]:
-            import torch
-
-            self.baseline_routing = {int(k): torch.tensor(v) for k, v in entry["routing_tokens"].items()}
-        accuracy = replace(measurement.accuracy, window_nll=nll)
-        return replace(measurement, accuracy=accuracy), entry["items"]
-
-    def _measure(self, model: Model, step: int, files: Path | None, full: bool) -> dict[str, Any]:
-        later = "measured only at the end (evaluate.when)"
-        accuracy, latency = Accuracy(reasons={"perplexity": later}), LatencyFigures(reasons={"prefill_ms": later})
-        routing: tuple[LayerRouting, ...] | None = None
-        reason: str | None = later
-        items: list[dict[str, Any]] = []
-        counts = self._counts(model)
-        release_memory(cycles=True)
-        with PeakMemory() as peak:
-            if full:
-                result = self._accuracy(model, step, counts)
-                accuracy, items = result.accuracy, list(result.items())
-                latency = self._latency(model, step)
-                routing, reason = self._routing(model, step, counts)
-        return self.journal.append(
-            "measured",
-            step=step,
-            measurement=Measurement(
-                accuracy=accuracy,
-                memory=measure_memory(model, files=files, peak=peak),
-                latency=latency,
-                routing=routing,
-                routing_reason=reason,
-            ).to_json(),
-            window_nll={name: list(values) for name, values in accuracy.window_nll.items()},
-            items=items,
-            routing_tokens={k: v.tolist() for k, v in counts.tokens.items()} if counts else {},
-        )
-
-    def _accuracy(self, model: Model, step: int, counts: RoutingCounts | None) -> AccuracyResult:
-        observe = counts.observe if counts else None
-        if step < 0:
-            result, _ = measure_baseline(
-                model, self.texts, self.folder, observe_routing=observe, progress=self.progress
+            first = step < 0
+            measured = measure_model(
+                model,
+                self.evaluate,
+                self.texts,
+                keep=self.folder if first else None,
+                baseline=self.baseline,
+                states=None if first or not full else BaselineStates(self.folder, self.source().head()),
+                beside=None if first else self.source,
+                files=files,
+                full=full,
+                progress=self.progress,
             )
-            return result
-        baseline = BaselineStates(self.folder, self.source().head())
-        return measure_accuracy(model, self.texts, baseline=baseline, observe_routing=observe, progress=self.progress)
-
-    def _latency(self, model: Model, step: int) -> LatencyFigures:
-        wanted = self.evaluate.latency
-        if wanted is None:
-            return LatencyFigures(reasons={"prefill_ms": "not asked for"})
-        baseline = self.source() if step >= 0 else None
-        return compare_latency(model, baseline, wanted, self.progress)
-
-    def _counts(self, model: Model) -> RoutingCounts | None:
-        stack = next((s for k in range(model.num_blocks) if (s := model.anatomy(k).experts)), None)
-        return RoutingCounts(stack.num_experts) if stack else None
-
-    def _routing(
-        self, model: Model, step: int, counts: RoutingCounts | None
-    ) -> tuple[tuple[LayerRouting, ...] | None, str | None]:
-        if counts is None:
-            return None, "the model has no experts"
+            entry = self.journal.append("measured", step=step, **measured.to_json())
+        measured = Measured.from_json(entry)
         if step < 0:
-            return measure_routing(counts.tokens).section(), None
-        kept = model.state.kept_experts or None
-        return measure_routing(counts.tokens, self.baseline_routing, kept=kept).section(), None
+            self.baseline = measured
+        return measured
+
+
+def _accuracy(
+    model: Model,
+    texts: Texts,
+    keep: Path | None,
+    states: BaselineStates | None,
+    counts: RoutingCounts | None,
+    progress: Progress | None,
+) -> AccuracyResult:
+    observe = counts.observe if counts else None
+    options: dict[str, Any] = {"foreign": texts.foreign, "observe_routing": observe, "progress": progress}
+    if keep is not None:
+        return measure_baseline(model, texts.own, keep, **options)[0]
+    return measure_accuracy(model, texts.own, baseline=states, **options)
+
+
+def _latency(
+    model: Model, wanted: Latency | None, beside: Callable[[], Model] | None, progress: Progress | None
+) -> LatencyFigures:
+    if wanted is None:
+        return LatencyFigures(reasons={"prefill_ms": "not asked for"})
+    return compare_latency(model, beside() if beside else None, wanted, progress)
+
+
+def _counts(model: Model) -> RoutingCounts | None:
+    stack = next((s for k in range(model.num_blocks) if (s := model.anatomy(k).experts)), None)
+    return RoutingCounts(stack.num_experts) if stack else None
+
+
+def _routing(
+    model: Model, counts: RoutingCounts | None, baseline: Measured | None
+) -> tuple[tuple[LayerRouting, ...] | None, str | None]:
+    if counts is None:
+        return None, "the model has no experts"
+    if baseline is None or baseline.routing_tokens is None:
+        return measure_routing(counts.tokens).section(), None
+    kept = model.state.kept_experts or None
+    return measure_routing(counts.tokens, baseline.routing_tokens, kept=kept).section(), None
 
 
 def compare_latency(model: Model, baseline: Model | None, wanted: Latency, progress: Progress | None) -> LatencyFigures:

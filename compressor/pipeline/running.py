@@ -14,16 +14,17 @@ from compressor.calibration import Progress, release_memory
 from compressor.checkpoint import write_text
 from compressor.errors import RecipeError
 from compressor.exporters import compare_reloaded, export_safetensors, model_card, write_manifest
-from compressor.gates import judge
 from compressor.metrics import PeakMemory, describe_environment
 from compressor.models import Model, load_model
 from compressor.passes import PASSES, Context
 from compressor.pipeline.folder import RunFolder, claimed, default_out, journal_key, text_digests
-from compressor.pipeline.measuring import Measuring, evaluation_texts
+from compressor.pipeline.gating import gate_run
+from compressor.pipeline.measuring import Measured, Measuring, suite_texts
 from compressor.pipeline.planning import make_plan
 from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.options import EXPORTS, kind_of
-from compressor.reports import Export, Ledger, Report, check_complete, to_markdown
+from compressor.reports import Export, Ledger, Report, check_complete, read_items, to_markdown
+from compressor.reports.html import to_html
 
 PARITY_WINDOWS, PARITY_LENGTH = 2, 64
 
@@ -65,27 +66,34 @@ def run(
         if finished:
             return RunResult(Report.load(out / "report.json"), out, finished["exit_code"])
         evaluate = recipe.evaluate
-        texts = evaluation_texts(evaluate.text, model.tokenizer, evaluate.windows, evaluate.length)
+        texts = suite_texts(evaluate, model.tokenizer)
         measure = Measuring(evaluate, texts, folder.work / "baseline", folder.journal, source, progress)
-        before, items = measure(model, -1, files=model.path)
-        report = Report.start(recipe.sha256, describe_environment(), plan.to_json(), recipe.model, before)
-        _write_items(out, "baseline", items)
+        before = after = measure(model, -1, files=model.path)
+        report = Report.start(recipe.sha256, describe_environment(), plan.to_json(), recipe.model, before.measurement)
+        _write_items(out, "baseline", before)
         for i, step in enumerate(recipe.passes):
             kind = kind_of(step, PASSES)
             done = _apply(step, i, model, recipe, folder, source, progress)
             last = i == len(recipe.passes) - 1
-            exports = [_export(target, model, texts[0].ids, folder) for target in recipe.export] if last else []
+            exports = [_export(target, model, texts.own[0].ids, folder) for target in recipe.export] if last else []
             files = out / exports[0].path if exports else None
-            after, items = measure(model, i, files=files, full=last or evaluate.when == "each")
+            after = measure(model, i, files=files, full=last or evaluate.when == "each")
             name = step.id or (kind if _is_only(kind, recipe) else f"{kind}-{i + 1}")  # type: ignore[attr-defined]
             options = step.model_dump(mode="json", exclude={"id"})
             ledger = Ledger.from_json(done["ledger"])
             report = report.after(
-                kind, name, options, done["seconds"], done["peak_memory_bytes"], after, ledger, done["cpu_seconds"]
+                kind,
+                name,
+                options,
+                done["seconds"],
+                done["peak_memory_bytes"],
+                after.measurement,
+                ledger,
+                done["cpu_seconds"],
             )
-            _write_items(out, name, items)
+            _write_items(out, name, after)
             folder.drop_generations_before(i)
-        return _finish(report.with_exports(exports), recipe, model, folder)
+        return _finish(report.with_exports(exports), recipe, model, folder, before, after)
 
 
 def source_of(recipe: Recipe) -> Callable[[], Model]:
@@ -163,15 +171,18 @@ def _export(target: Any, model: Model, ids: Any, folder: RunFolder) -> Export:
     return Export(format=kind_of(target, EXPORTS), path="model", bytes=done["bytes"], parity=done["parity"])
 
 
-def _finish(report: Report, recipe: Recipe, model: Model, folder: RunFolder) -> RunResult:
+def _finish(
+    report: Report, recipe: Recipe, model: Model, folder: RunFolder, before: Measured, after: Measured
+) -> RunResult:
     """Verdict, report, card and manifest; the journal's last line says that the run is complete."""
     exit_code = 0
-    if recipe.gate is not None:
-        verdict = judge(report.to_json(), recipe.gate)
-        report, exit_code = report.with_gate(verdict.to_json()), verdict.exit_code
     out = folder.out
+    if recipe.gate is not None:
+        result = gate_run(recipe.gate, report, out, model.source.path, before, after)
+        report, exit_code = report.with_gate(result.to_json()), result.exit_code
     report.save(out / "report.json")
     write_text(out / "report.md", to_markdown(report))
+    write_text(out / "report.html", to_html(report, read_items(out)))
     write_text(out / "recipe.yaml", recipe.dumped())
     digests = text_digests(recipe)
     calibration = [{"name": name, "sha256": digest} for name, digest in digests.items()]
@@ -215,7 +226,7 @@ def _is_only(kind: str, recipe: Recipe) -> bool:
     return sum(kind_of(step, PASSES) == kind for step in recipe.passes) == 1
 
 
-def _write_items(out: Path, name: str, items: list[dict[str, Any]]) -> None:
-    if items:
+def _write_items(out: Path, name: str, measured: Measured) -> None:
+    if measured.items:
         (out / "items").mkdir(exist_ok=True)
-        write_text(out / "items" / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+        write_text(out / "items" / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in measured.items))

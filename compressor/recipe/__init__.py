@@ -1,6 +1,6 @@
 """What the user asks for: a YAML file, read into a Recipe of checked, frozen options."""
 
-from compressor.recipe.loading import is_recipe, load_policy, load_recipe, parse_export
+from compressor.recipe.loading import is_recipe, load_evaluate, load_gate, load_policy, load_recipe, parse_export
 from compressor.recipe.options import EXPORTS, Evaluate, Latency, Recipe, Safetensors
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "Recipe",
     "Safetensors",
     "is_recipe",
+    "load_evaluate",
+    "load_gate",
     "load_policy",
     "load_recipe",
     "parse_export",

@@ -53,7 +53,7 @@ def parse_yaml(text: str, name: str) -> Any:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = str(error.problem or error.context).splitlines()[0]
         raise RecipeError(f"{name}{line}: this is not YAML: {problem}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # a ValueError: a date that is none
         raise RecipeError(f"{name}: this is not YAML: {error}") from error
 
 

@@ -12,7 +12,7 @@ from compressor.gates import Policy
 from compressor.passes import PASSES
 from compressor.recipe.complaints import complaints
 from compressor.recipe.document import Address, Document, nearest, read_document
-from compressor.recipe.options import EXPORTS, EXPORTS_NOT_YET, Recipe
+from compressor.recipe.options import EXPORTS, EXPORTS_NOT_YET, Evaluate, Recipe
 from compressor.recipe.overrides import override
 
 SUFFIXES = (".yaml", ".yml")
@@ -42,15 +42,45 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_policy(path: Path | str) -> Policy:
     """Read a policy (the `gate` section of a recipe, in a file of its own)."""
+    return load_gate(path)[0]
+
+
+def load_gate(path: Path | str) -> tuple[Policy, Evaluate | None]:
+    """Read a policy and, if the file has one, the `evaluate` section by which models without records are measured."""
     path = Path(path)
     if not path.is_file():
         raise RecipeError(_no_such_file(path, "policy"))
     document = read_document(path)
     problems: list[str] = []
-    policy = _options(Policy, document.data, document, (), problems)
-    if policy is None:
+    rules = {key: value for key, value in document.data.items() if key != "evaluate"}
+    policy = _options(Policy, rules, document, (), problems)
+    evaluate = None
+    if "evaluate" in document.data:
+        evaluate = _options(Evaluate, document.data["evaluate"], document, ("evaluate",), problems)
+    if problems:
         raise RecipeError("\n".join(problems))
-    return policy
+    assert policy is not None
+    return policy, evaluate
+
+
+def load_evaluate(path: Path | str | None, changes: Mapping[str, Any], *, speed: bool = True) -> Evaluate:
+    """An `evaluate` section, alone in a file, with these of its keys changed; `speed=False` leaves the latency out."""
+    data: dict[str, Any] = {}
+    document = Document("--evaluate", data, {(): "evaluate"})
+    if path is not None:
+        if not Path(path).is_file():
+            raise RecipeError(_no_such_file(Path(path), "evaluate"))
+        document = read_document(Path(path))
+        if unknown := [key for key in document.data if key != "evaluate"]:
+            place = document.place((unknown[0],))
+            raise RecipeError(f"{place}: the file has {unknown[0]!r}; it takes one key, evaluate")
+        data = dict(document.data.get("evaluate") or {})
+    data |= dict(changes) | ({} if speed else {"latency": False})
+    problems: list[str] = []
+    evaluate = _options(Evaluate, data, document, ("evaluate",), problems)
+    if evaluate is None:
+        raise RecipeError("\n".join(problems))
+    return evaluate
 
 
 def parse_export(format: str, options: Mapping[str, Any]) -> BaseModel:

@@ -22,6 +22,8 @@ from ruamel.yaml import YAML
 
 from compressor.calibration.tokens import DEMO_TEXT, Calibration
 from compressor.gates import Policy
+from compressor.metrics.behaviour.options import Bias, Generation, Ood, Refusals, Robustness
+from compressor.metrics.tasks.options import Task
 from compressor.passes import PASSES
 from compressor.recipe.sizes import Size
 
@@ -48,8 +50,6 @@ def _off(value: Any) -> Any:
 class Evaluate(Options):
     """What is measured, and after which passes; memory is always measured."""
 
-    NOT_YET: ClassVar[frozenset[str]] = frozenset({"tasks"})
-
     when: Literal["each", "end"] = Field("each", description="After each pass, or only after the last one.")
     text: str | dict[str, str] = Field(DEMO_TEXT, description="demo/text, one file, or files by name.")
     windows: PositiveInt = Field(16, description="Windows taken from each text.")
@@ -57,6 +57,21 @@ class Evaluate(Options):
     latency: Annotated[
         Latency | None, BeforeValidator(_off, json_schema_input_type=Latency | Literal[False] | None)
     ] = Field(Latency(), description="false leaves the speed out.")
+
+    tasks: tuple[Task, ...] = Field((), description="Questions with known answers, from local files or `datasets`.")
+    robustness: Robustness | None = Field(None, description="The tasks again, with perturbed prompts.")
+    ood: Ood | None = Field(None, description="Texts unlike evaluate.text: does compression hurt more there?")
+    bias: Bias | None = Field(None, description="Sentences with different people in them.")
+    generation: Generation | None = Field(None, description="Health of what the model writes.")
+    refusals: Refusals | None = Field(None, description="Which prompts the model refuses.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _own_names(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        for name, count in Counter(task.name for task in tasks).items():
+            if count > 1:
+                raise ValueError(f"{count} tasks are called {name!r}; each needs a name of its own")
+        return tasks
 
     @field_serializer("latency", mode="wrap")
     def _latency_off(self, latency: Latency | None, to_plain: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from compressor.reports.delta import Delta, paired_ratio
 from compressor.reports.estimate import Estimate
+from compressor.reports.items import Pair, TaskItem, pair_items, read_items, task_items
 from compressor.reports.ledger import ExpertRow, Ledger, LedgerRow, check_complete
 from compressor.reports.markdown import to_markdown
 from compressor.reports.measurement import (
     Accuracy,
+    Behaviour,
     Latency,
     LayerRouting,
     Measurement,
@@ -19,6 +21,7 @@ __all__ = [
     "SCHEMA",
     "Accuracy",
     "Baseline",
+    "Behaviour",
     "Delta",
     "Estimate",
     "ExpertRow",
@@ -29,10 +32,15 @@ __all__ = [
     "LedgerRow",
     "Measurement",
     "Memory",
+    "Pair",
     "Report",
     "Step",
+    "TaskItem",
     "check_complete",
+    "pair_items",
     "paired_ratio",
+    "read_items",
+    "task_items",
     "to_markdown",
     "worst_domain",
     "worst_domain_by_kl",

@@ -102,8 +102,13 @@ def _verdict(report: Report) -> str:
     verdict = str(report.gate.get("verdict"))
     checks = report.gate.get("checks")
     lines = [f"**Verdict: {VERDICTS.get(verdict, verdict.upper())}**", ""]
-    for check in checks if isinstance(checks, list) else []:
-        lines.append(f"- {check.get('status', '')}: {check.get('text') or check.get('metric')}")
+    checks = checks if isinstance(checks, list) else []
+    sound = [check for check in checks if check.get("group") == "structure" and check.get("status") == "pass"]
+    if sound:
+        lines.append(f"- pass: {len(sound)} rules on the content of the files hold")
+    for check in checks:
+        if check not in sound:
+            lines.append(f"- {check.get('status', '')}: {check.get('text') or check.get('metric')}")
     return "\n".join(lines).rstrip()
 
 

@@ -90,6 +90,38 @@ class LayerRouting:
         return cls(layer=data["layer"], tokens=tuple(data["tokens"]), shift=data["shift"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """What a model does beyond predicting text well; each figure is a mapping whose leaves are estimates or numbers.
+
+    `calibration` {task: {nll, brier, ece, overconfidence}}, `flips` {task: {right_to_wrong, wrong_to_right,
+    wrong_to_other, n}}, `slices` {task: {slice: score}}, `robustness` {task: {variant: gap to the baseline's loss}},
+    `similarity` {task: rank correlation}; what was not asked for is left out of the report.
+    """
+
+    calibration: Mapping[str, Any] | None = None
+    flips: Mapping[str, Any] | None = None
+    slices: Mapping[str, Any] | None = None
+    robustness: Mapping[str, Any] | None = None
+    ood: Mapping[str, Any] | None = None
+    bias: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] | None = None
+    refusals: Mapping[str, Any] | None = None
+    similarity: Mapping[str, Any] | None = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """The figures that were asked for; one that could not be measured is null beside its reason."""
+        asked = {
+            item.name
+            for item in fields(self)
+            if item.name not in _ASIDE and (getattr(self, item.name) is not None or item.name in self.reasons)
+        }
+        names = asked | set(self.extra)
+        return {key: value for key, value in section_to_json(self).items() if key.removesuffix("_reason") in names}
+
+
 class FigureSection(Protocol):
     """A frozen dataclass of figures, with a reason for each that is None."""
 
@@ -109,12 +141,14 @@ class Measurement:
     accuracy: Accuracy = field(default_factory=Accuracy)
     memory: Memory = field(default_factory=Memory)
     latency: Latency = field(default_factory=Latency)
+    behaviour: Behaviour = field(default_factory=Behaviour)
     routing: tuple[LayerRouting, ...] | None = None
     routing_reason: str | None = None
 
     def to_json(self) -> dict:
-        """Return {"accuracy", "memory", "latency", "routing"}."""
+        """Return {"accuracy", "memory", "latency", "behaviour", "routing"}."""
         data = {name: section_to_json(getattr(self, name)) for name in ("accuracy", "memory", "latency")}
+        data["behaviour"] = self.behaviour.to_json()
         if self.routing is None:
             return data | {"routing": None, "routing_reason": self.routing_reason or NOT_MEASURED}
         return data | {"routing": [layer.to_json() for layer in self.routing]}
@@ -128,6 +162,7 @@ class Measurement:
                 accuracy=section_from_json(Accuracy, data["accuracy"]),
                 memory=section_from_json(Memory, data["memory"]),
                 latency=section_from_json(Latency, data["latency"]),
+                behaviour=section_from_json(Behaviour, data.get("behaviour") or {}),
                 routing=None if routing is None else tuple(map(LayerRouting.from_json, routing)),
                 routing_reason=data.get("routing_reason"),
             )

@@ -7,8 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.errors import RecipeError
-from compressor.metrics import latency as module
-from compressor.metrics.latency import measure_latency, paired_ratio
+from compressor.metrics.latency import measure_latency, measuring
 from compressor.reports.measurement import Measurement
 
 
@@ -23,12 +22,19 @@ def quick(model, **more):
 
 
 def test_every_figure_is_positive_with_an_interval_for_each_batch():
-    """Three rounds are made even when the time is over."""
+    """Three rounds are made even when the time is over; the prompt may be read more than once in each."""
     measured = quick(tiny_llama())
-    for figure in (measured.prefill_ms, measured.decode_ms_per_token, measured.tokens_per_s):
+    for figure in (measured.prefill_ms, measured.decode_ms_per_token, measured.tokens_per_s, measured.extra["ttft_ms"]):
         assert list(figure) == ["1", "2"]
         assert all(0 < estimate.ci95[0] <= estimate.value <= estimate.ci95[1] for estimate in figure.values())
-        assert [estimate.n for estimate in figure.values()] == [3, 3]
+    assert [estimate.n for estimate in measured.decode_ms_per_token.values()] == [3, 3]
+    assert [estimate.n % 3 for estimate in measured.prefill_ms.values()] == [0, 0]
+
+
+def test_the_first_token_takes_longer_than_the_forward_that_gives_it():
+    """It has to be chosen and brought to the host."""
+    measured = quick(tiny_llama(), batch_sizes=[1])
+    assert measured.extra["ttft_ms"]["1"].value > measured.prefill_ms["1"].value
 
 
 def test_tokens_per_second_follow_from_the_decoding_time():
@@ -37,48 +43,45 @@ def test_tokens_per_second_follow_from_the_decoding_time():
     assert measured.tokens_per_s["2"].value == pytest.approx(2000 / measured.decode_ms_per_token["2"].value)
 
 
-def test_with_a_baseline_there_is_a_ratio_from_an_even_number_of_rounds():
+def test_with_a_baseline_there_are_ratios_from_an_even_number_of_rounds():
     """Each side comes first equally often."""
     measured = quick(tiny_llama(), baseline=tiny_llama(1))
-    assert set(measured.ratio_to_baseline) == {"prefill_ms", "decode_ms_per_token"}
-    assert measured.ratio_to_baseline["decode_ms_per_token"]["1"].n == 4
+    assert set(measured.ratio_to_baseline) == {"prefill_ms", "ttft_ms", "decode_ms_per_token"}
+    assert measured.decode_ms_per_token["1"].n == 4
     assert measured.ratio_to_baseline["prefill_ms"]["2"].value > 0
     assert measured.extra["baseline"]["prefill_ms"]["1"].value > 0
 
 
-def test_sides_take_turns_in_changing_order(monkeypatch):
-    """A B, B A, A B, B A, after one warm-up of each."""
-    model, baseline, order = tiny_llama(), tiny_llama(1), []
-
-    def record(side, ids, steps):
-        order.append("A" if side is model else "B")
-        return 1.0, 1.0
-
-    monkeypatch.setattr(module, "_time_once", record)
-    quick(model, baseline=baseline, batch_sizes=[1])
-    assert "".join(order) == "AB" + "ABBAABBA"
+def test_without_a_baseline_the_ratio_is_null_with_a_reason():
+    """A budget cannot be held either."""
+    assert quick(tiny_llama()).reasons["ratio_to_baseline"] == "no baseline was timed beside it"
+    with pytest.raises(RecipeError, match="needs a baseline"):
+        quick(tiny_llama(), budget_ratio=1.05)
 
 
-def test_paired_ratio_cancels_what_the_machine_does():
-    """Rounds ten times slower than others leave a constant ratio as it is."""
-    assert paired_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]).ci95 == pytest.approx((2.0, 2.0))
+@pytest.mark.parametrize("budget", [{"decode": 1.05}, {"decode_ms_per_token": 0.0}, -1.0])
+def test_a_budget_names_a_figure_and_is_positive(budget):
+    """The message lists the figures."""
+    with pytest.raises(RecipeError, match="prefill_ms, ttft_ms, decode_ms_per_token"):
+        quick(tiny_llama(), baseline=tiny_llama(1), budget_ratio=budget)
 
 
-def test_rounds_go_on_until_both_their_number_and_the_patience_are_reached():
-    """And stop at the limit, but not before three."""
-    enough = module._enough(1, min_rounds=5, patience_s=2.0, limit_s=10.0)
-    assert not enough(4, 3.0)
-    assert not enough(5, 1.0)
-    assert enough(5, 2.0)
-    assert enough(3, 9.0)
-    assert not enough(2, 99.0)
+def test_a_generous_budget_is_decided_before_the_time_is_over():
+    """Like models cannot differ by a factor of ten; the report says why the rounds ended."""
+    measured = quick(
+        tiny_llama(), baseline=tiny_llama(1), budget_ratio=10.0, max_seconds=60.0, min_rounds=2, batch_sizes=[1]
+    )
+    assert measured.extra["stopped"] == {"1": "decided"}
+    assert all(figure["1"].ci95[1] <= 10 for figure in measured.ratio_to_baseline.values())
 
 
-def test_a_slow_model_takes_fewer_steps_so_that_the_rounds_fit():
-    """Both sides prefill in 1 s and step in 0.1 s: four rounds in 20 s leave 3 s, or 15 steps of each, a round."""
-    assert module._steps([(1000.0, 100.0), (1000.0, 100.0)], 32, 20.0) == 15
-    assert module._steps([(1000.0, 100.0), (1000.0, 100.0)], 8, 20.0) == 8
-    assert module._steps([(1000.0, 100.0), (1000.0, 100.0)], 32, 1.0) == 4
+def test_the_circumstances_are_recorded():
+    """Threads, load of others, steps: figures without them cannot be read."""
+    extra = quick(tiny_llama(), batch_sizes=[1]).extra
+    assert extra["decode_steps"] == {"1": 3}
+    assert 0 <= extra["others_cpu_share"] <= 1
+    assert extra["threads"] in (1, torch.get_num_threads())
+    assert extra["stopped"] == {"1": "time"}
 
 
 def test_a_prompt_that_is_too_long_is_null_with_a_reason():
@@ -87,19 +90,20 @@ def test_a_prompt_that_is_too_long_is_null_with_a_reason():
     document = json.loads(json.dumps(Measurement(latency=measured).to_json(), allow_nan=False))["latency"]
     assert document["prefill_ms"]["1"] is None
     assert "70 tokens, the model takes 64" in document["prefill_ms"]["1_reason"]
+    assert "70 tokens" in document["ttft_ms"]["1_reason"]
     assert document["ratio_to_baseline"] is None
 
 
 def test_a_batch_that_does_not_fit_is_null_and_the_others_are_measured(monkeypatch):
     """Out of memory at batch 2 costs batch 2 only."""
-    real = module._time_once
+    real = measuring.take_rounds
 
-    def limited(side, ids, steps):
+    def limited(sides, ids, *more):
         if len(ids) > 1:
             raise torch.OutOfMemoryError("no room")
-        return real(side, ids, steps)
+        return real(sides, ids, *more)
 
-    monkeypatch.setattr(module, "_time_once", limited)
+    monkeypatch.setattr(measuring, "take_rounds", limited)
     measured = quick(tiny_llama(), baseline=tiny_llama(1))
     assert measured.prefill_ms["1"].value > 0
     assert measured.prefill_ms["2"] is None
@@ -109,22 +113,23 @@ def test_a_batch_that_does_not_fit_is_null_and_the_others_are_measured(monkeypat
 def test_another_error_is_not_hidden(monkeypatch):
     """A model that cannot run is a fault, not a missing figure."""
 
-    def broken(side, ids, steps):
+    def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(module, "_time_once", broken)
+    monkeypatch.setattr(measuring, "take_rounds", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         quick(tiny_llama())
 
 
-def test_modes_are_given_back():
+def test_modes_and_threads_are_given_back():
     """A model in training stays so, its frozen part stays in evaluation."""
-    model = tiny_llama().train()
+    model, threads = tiny_llama().train(), torch.get_num_threads()
     model.model.norm.eval()
     quick(model, batch_sizes=[1])
     assert model.training
     assert model.model.layers[0].training
     assert not model.model.norm.training
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("wrong", [{"batch_sizes": [0]}, {"prompt": 0}, {"generate": 0}, {"batch_sizes": []}])

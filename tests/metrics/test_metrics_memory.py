@@ -6,10 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 
-from compressor.errors import UnsupportedModel
-from compressor.metrics.memory import PeakMemory, file_bytes, kv_bytes_per_token, measure_memory, weight_bytes
+from compressor.errors import EnvironmentProblem, UnsupportedModel
+from compressor.metrics.memory import (
+    PeakMemory,
+    file_bytes,
+    kv_bytes_per_token,
+    measure_memory,
+    measure_peaks,
+    weight_bytes,
+)
+from tests.tiny_models import tiny_ids, tiny_model
 
 MEGABYTE = 1_000_000
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset a process's peak")
@@ -63,6 +71,18 @@ def test_kv_bytes_are_keys_and_values_of_all_layers():
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype="bfloat16"
     )
     assert kv_bytes_per_token(config) == 2 * 3 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_kv_bytes_are_what_a_real_cache_grows_by(family):
+    """Two sequences, from 8 tokens to 24: 32 tokens more in the storages of the cache."""
+    model, held = tiny_model(family), []
+    for length in (8, 24):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=tiny_ids(2, length), past_key_values=cache, use_cache=True)
+        held.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    assert held[1] - held[0] == 32 * kv_bytes_per_token(model.config)
 
 
 def test_linear_attention_layers_do_not_grow():
@@ -135,3 +155,27 @@ def test_peak_says_why_it_cannot_be_measured(monkeypatch):
         pass
     assert peak.peak_bytes is None
     assert "darwin" in peak.reason
+
+
+@linux_only
+def test_peaks_of_a_fresh_process_hold_the_weights(llama_folder):
+    """Loading takes at least the bytes of the file; generating holds them still."""
+    peaks = measure_peaks(llama_folder, prompt=16, generate=4)
+    if peaks.loading_bytes is None:
+        pytest.skip(peaks.reason)
+    assert peaks.loading_bytes >= (llama_folder / "model.safetensors").stat().st_size
+    assert peaks.generating_bytes > 0
+    assert peaks.process_bytes > 50 * MEGABYTE
+
+
+@linux_only
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
+    """The last lines that it wrote."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback >&2\necho no room for $3 >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(
+        EnvironmentProblem, match=r"(?s)folder: the process .* ended with 1: Traceback.no room for folder"
+    ):
+        measure_peaks("folder", prompt=16, generate=4)

@@ -141,5 +141,6 @@ def test_measure_against_a_baseline_of_itself_is_exact(moe_folder, tmp_path):
     """KL of a model to itself is zero."""
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 40)
-    found = cx.measure(str(moe_folder), texts={"play": str(text)}, windows=2, length=64, baseline=str(moe_folder))
+    evaluate = cx.Evaluate(text={"play": str(text)}, windows=2, length=64, latency=None)
+    found = cx.measure(str(moe_folder), evaluate=evaluate, baseline=str(moe_folder))
     assert found["accuracy"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)

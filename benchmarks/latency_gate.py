@@ -16,7 +16,9 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,20 +38,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.gates.latency_rule import latency_verdict
 from compressor.metrics import describe_environment
+from compressor.metrics.bootstrap import mapped
 from compressor.metrics.latency import measure_latency, paired_ratio
+from compressor.metrics.latency.crowd import quiet_conditions
 from compressor.metrics.latency.measuring import evaluating, random_ids
 from compressor.metrics.latency.ratio import block_estimate, blocks, log_ratios, trimmed_mean
-from compressor.metrics.latency.rounds import DECODE, PREFILL, Patience, Rounds, Watch, decoding_step_ms, take_rounds
-from compressor.metrics.latency.threads import others_share, useful_threads
+from compressor.metrics.latency.rounds import (
+    DECODE,
+    FIGURES,
+    PREFILL,
+    TTFT,
+    Patience,
+    Rounds,
+    Watch,
+    decoding_step_ms,
+    take_rounds,
+)
 from compressor.reports import Estimate
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 1.05
 LAYERS, MORE_LAYERS = 26, 4
 SLOWER = 1.15
-CPU = torch.device("cpu")
 PROMPT, GENERATE = 32, 32
-FIGURES = (DECODE, PREFILL)
+GATED = (DECODE, PREFILL)
 SEGMENT = 4  # rounds that stay together when recorded rounds are resampled: two blocks of A B B A
 MIN_ROUNDS = 5  # as measure_latency has it
 CASES = ("A/A", "planted")
@@ -83,86 +96,75 @@ def busy(processes: int) -> Iterator[None]:
 def record(sides: Sequence[LlamaForCausalLM], load: int, seconds: float) -> dict[str, Any]:
     """Rounds of two models for some seconds, with the circumstances."""
     with busy(load), contextlib.ExitStack() as stack:
-        share = others_share()
         for side in sides:
             stack.enter_context(evaluating(side))
-        one_B1 = random_ids(tuple(sides), 1, 1, 0)
-        reason = stack.enter_context(useful_threads(lambda: decoding_step_ms(sides[0], one_B1), CPU, share))
+        step = functools.partial(decoding_step_ms, sides[0], random_ids(tuple(sides), 1, 1, 0))
+        conditions = stack.enter_context(quiet_conditions(step, torch.device("cpu")))
         ids_BP = random_ids(tuple(sides), 1, PROMPT, 0)
         forever = Patience(min_rounds=sys.maxsize, patience_s=0, limit_s=seconds)
         start = time.perf_counter()
-        rounds = take_rounds(sides, ids_BP, GENERATE, forever)
-        return {
-            "load": load,
-            "wall_s": round(time.perf_counter() - start, 2),
-            "others_cpu_share": share,
-            "threads": torch.get_num_threads(),
-            "threads_reason": reason,
-            "shape": {"reads": rounds.shape.reads, "turns": rounds.shape.turns, "burst": rounds.shape.burst},
-            PREFILL: [[round(ms, 3) for ms in times] for times in rounds.prefill],
-            DECODE: [[round(ms, 3) for ms in times] for times in rounds.decode],
-            "rounds": rounds,
-        }
+        rounds = take_rounds(sides, ids_BP, GENERATE, forever, clock=conditions.clock)
+        wall_s = round(time.perf_counter() - start, 2)
+    return {"load": load, "wall_s": wall_s, "conditions": asdict(conditions), "rounds": rounds}
+
+
+def as_json(recording: dict[str, Any]) -> dict[str, Any]:
+    """A recording as it is written down: `times[clock][figure][side][turn]` in ms."""
+    plain = asdict(recording["rounds"])
+    for by_figure in plain["times"].values():
+        for figure, sides in by_figure.items():
+            by_figure[figure] = [[round(ms, 3) for ms in times] for times in sides]
+    return recording | {"rounds": plain}
 
 
 def described(recording: dict[str, Any]) -> dict[str, Any]:
-    """What a recording says as a whole: the ratios, and how far one turn lies from the next."""
-    rounds = recording["rounds"]
-    figures = {}
-    for figure in FIGURES:
-        ratios_N = log_ratios(*rounds.pairs(figure))
-        figures[figure] = {
-            "ratio": paired_ratio(*rounds.pairs(figure)).to_json(),
-            "baseline_median_ms": statistics.median(rounds.pairs(figure)[1]),
-            "sd_of_log_ratio": float(ratios_N.std()),
-            "correlation_of_neighbours": float(np.corrcoef(ratios_N[1:], ratios_N[:-1])[0, 1]),
-        }
+    """What a recording says as a whole, by each clock: the ratios, and how far one turn lies from the next."""
+    rounds: Rounds = recording["rounds"]
+    figures: dict[str, Any] = {"clock": rounds.clock, "threads": recording["conditions"]["threads"]}
+    for clock in ("wall", "cpu"):
+        figures[clock] = {}
+        for figure in FIGURES:
+            times = rounds.times[clock][figure]
+            ratios_N = log_ratios(*times)
+            figures[clock][figure] = {
+                "ratio": paired_ratio(*times).to_json(),
+                "baseline_median_ms": statistics.median(times[1]),
+                "sd_of_log_ratio": float(ratios_N.std()),
+                "correlation_of_neighbours": float(np.corrcoef(ratios_N[1:], ratios_N[:-1])[0, 1]),
+            }
     return figures
 
 
-def resampled(rounds: Rounds, generator: random.Random) -> Iterator[Rounds]:
-    """One recorded round after the other, in random segments of neighbours that begin with a block."""
-    count = len(rounds.prefill[0]) // rounds.shape.reads
+def resampled(rounds: Rounds, generator: random.Random) -> Iterator[int]:
+    """Numbers of recorded rounds, in random segments of neighbours that begin with a block."""
     while True:
-        begin = 2 * generator.randrange((count - SEGMENT) // 2 + 1)
-        for k in range(begin, begin + SEGMENT):
-            yield one_round(rounds, k)
+        begin = 2 * generator.randrange((number_of(rounds) - SEGMENT) // 2 + 1)
+        yield from range(begin, begin + SEGMENT)
 
 
-def one_round(rounds: Rounds, k: int) -> Rounds:
-    def cut(times: Sequence[list[float]], each: int) -> tuple[list[float], ...]:
-        return tuple(side[k * each : (k + 1) * each] for side in times)
-
-    shape = rounds.shape
-    return Rounds(
-        cut(rounds.prefill, shape.reads), cut(rounds.first_token, shape.reads), cut(rounds.decode, shape.turns), shape
-    )
-
-
-def add(rounds: Rounds, more: Rounds, *, with_decoding: bool = True) -> float:
-    """Put a round behind the others; returns the seconds that it took."""
-    milliseconds = 0.0
-    for to, of, each in (
-        (rounds.first_token, more.first_token, 1),
-        (rounds.prefill, more.prefill, 0),
-        (rounds.decode, more.decode, rounds.shape.burst if with_decoding else None),
-    ):
-        if each is not None:
-            for times, new in zip(to, of, strict=True):
-                times.extend(new)
-                milliseconds += each * sum(new)
-    return milliseconds / 1000
+def add(seen: Rounds, rounds: Rounds, k: int, *, with_decoding: bool = True) -> float:
+    """Put round k of a recording behind those that a trial has seen; returns the seconds that it took."""
+    shape, ms = rounds.shape, 0.0
+    for figure in FIGURES if with_decoding else (PREFILL, TTFT):
+        each = shape.turns if figure == DECODE else shape.reads
+        for clock, by_figure in rounds.times.items():
+            for side, times in enumerate(by_figure[figure]):
+                new = times[k * each : (k + 1) * each]
+                seen.times[clock][figure][side].extend(new)
+                # The first token's time holds the prefill's
+                ms += sum(new) * {PREFILL: 0, TTFT: 1, DECODE: shape.burst}[figure] * (clock == "wall")
+    return ms / 1000
 
 
 def replay(rounds: Rounds, limit_s: float, stretch: float, seed: int) -> dict[str, Any]:
     """One synthetic trial through the shipped rule; `stretch` is the wall time of a recorded second of timings."""
-    seen, elapsed_s = Rounds.empty(2, rounds.shape), 0.0
-    watch = Watch(Patience(MIN_ROUNDS, 0.0, limit_s, dict.fromkeys(FIGURES, BUDGET)), num_sides=2)
-    for more in resampled(rounds, random.Random(seed)):
-        elapsed_s += stretch * add(seen, more, with_decoding=watch.needs_decoding)
+    seen, elapsed_s = Rounds.empty(2, rounds.shape, rounds.clock), 0.0
+    watch = Watch(Patience(MIN_ROUNDS, 0.0, limit_s, dict.fromkeys(GATED, BUDGET)), num_sides=2)
+    for k in resampled(rounds, random.Random(seed)):
+        elapsed_s += stretch * add(seen, rounds, k, with_decoding=watch.needs_decoding)
         if watch.after(seen, elapsed_s):
             break
-    return outcome({figure: paired_ratio(*seen.pairs(figure)) for figure in FIGURES}, elapsed_s)
+    return outcome({figure: seen.ratio(figure) for figure in GATED}, elapsed_s)
 
 
 def outcome(ratios: dict[str, Estimate], seconds: float) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def outcome(ratios: dict[str, Estimate], seconds: float) -> dict[str, Any]:
 
 def replays(recording: dict[str, Any], count: int, limit_s: float) -> list[dict[str, Any]]:
     rounds = recording["rounds"]
-    timed_s = sum(add(Rounds.empty(2, rounds.shape), one_round(rounds, k)) for k in range(number_of(rounds)))
+    timed_s = sum(add(Rounds.empty(2, rounds.shape), rounds, k) for k in range(number_of(rounds)))
     one = functools.partial(replay, rounds, limit_s, recording["wall_s"] / timed_s)
     with multiprocessing.get_context("spawn").Pool(2, os.nice, (10,)) as pool:  # nothing is timed here
         return pool.map(one, range(count), chunksize=20)
@@ -183,13 +185,14 @@ def replays(recording: dict[str, Any], count: int, limit_s: float) -> list[dict[
 def slowed(recording: dict[str, Any]) -> dict[str, Any]:
     """The same recording, had one side taken 15 % longer."""
     rounds = copy.deepcopy(recording["rounds"])
-    for times in (rounds.prefill, rounds.first_token, rounds.decode):
-        times[0][:] = [SLOWER * ms for ms in times[0]]
+    for by_figure in rounds.times.values():
+        for times in by_figure.values():
+            times[0][:] = [SLOWER * ms for ms in times[0]]
     return recording | {"rounds": rounds}
 
 
 def number_of(rounds: Rounds) -> int:
-    return len(rounds.decode[0]) // rounds.shape.turns
+    return len(rounds.of(PREFILL, 0)) // rounds.shape.reads
 
 
 def shares(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def shares(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     from scipy import stats
 
     table: dict[str, Any] = {"trials": len(outcomes)}
-    for name in ("gate", *FIGURES):
+    for name in ("gate", *GATED):
         counts = {status: sum(row[name] == status for row in outcomes) for status in ("pass", "inconclusive", "fail")}
         interval = stats.binomtest(counts["fail"], len(outcomes)).proportion_ci(0.95)
         table[name] = counts | {"fail_share": counts["fail"] / len(outcomes), "fail_ci95": [*interval]}
@@ -212,37 +215,41 @@ def hodges_lehmann(values_K: np.ndarray) -> Any:
 
 
 CENTRES: dict[str, Callable[[np.ndarray], Any]] = {
-    "20 % trimmed mean (shipped)": trimmed_mean,
-    "median": lambda values_K: np.median(values_K, axis=-1),
-    "Hodges-Lehmann": hodges_lehmann,
-    "mean": lambda values_K: values_K.mean(-1),
+    "20 % trimmed mean of blocks (shipped)": trimmed_mean,
+    "median of blocks": lambda values_K: np.median(values_K, axis=-1),
+    "Hodges-Lehmann of blocks": hodges_lehmann,
+    "mean of blocks": lambda values_K: values_K.mean(-1),
 }
 
 
 def compared(recording: dict[str, Any], count: int) -> dict[str, dict[str, float]]:
-    """Verdicts on decoding after a fixed time by other centres, by medians, and by models timed one after the other."""
+    """Verdicts on decoding after a fixed time by other centres, by the wall clock, and by medians of it."""
     rounds = recording["rounds"]
     needed = max(SEGMENT, round(COMPARED_S * number_of(rounds) / recording["wall_s"] / 2) * 2)
-    fails: dict[str, list[str]] = {name: [] for name in (*CENTRES, "medians of turns", "medians, one after the other")}
+    found: dict[str, list[str]] = {}
     for seed in range(count):
-        seen = Rounds.empty(2, rounds.shape)
-        source = resampled(rounds, random.Random(seed))
-        for _ in range(needed):
-            add(seen, next(source))
-        times, baseline = seen.pairs(DECODE)
-        values_K = blocks(log_ratios(times, baseline))
-        for name, centre in CENTRES.items():
-            logs = block_estimate(values_K, len(times), centre=centre)
-            assert logs.ci95 is not None
-            ends = (float(np.exp(logs.ci95[0])), float(np.exp(logs.ci95[1])))
-            fails[name].append(latency_verdict(Estimate(float(np.exp(logs.value)), ends, logs.n), BUDGET))
-        fails["medians of turns"].append(by_medians(times, baseline))
+        seen = Rounds.empty(2, rounds.shape, rounds.clock)
+        for k in itertools.islice(resampled(rounds, random.Random(seed)), needed):
+            add(seen, rounds, k)
+        times, wall = seen.times[seen.clock][DECODE], seen.times["wall"][DECODE]
+        values_K = blocks(log_ratios(*times))
+        statuses = {name: by_centre(values_K, centre) for name, centre in CENTRES.items()}
+        statuses["20 % trimmed mean of the wall clock"] = by_centre(blocks(log_ratios(*wall)), trimmed_mean)
+        statuses["medians of the same turns on the wall, no interval"] = by_medians(*wall)
         # As with two runs of a benchmark: one side in one stretch of the recording, the other in the next.
-        length = min(needed * rounds.shape.turns, len(rounds.decode[0])) // 2
-        begin = random.Random(seed).randrange(len(rounds.decode[0]) - 2 * length + 1)
-        one, other = rounds.decode[0][begin : begin + length], rounds.decode[1][begin + length : begin + 2 * length]
-        fails["medians, one after the other"].append(by_medians(one, other))
-    return {name: {s: statuses.count(s) / count for s in ("pass", "fail")} for name, statuses in fails.items()}
+        one, other = rounds.times["wall"][DECODE]
+        length = min(needed * rounds.shape.turns, len(one)) // 2
+        begin = random.Random(seed).randrange(len(one) - 2 * length + 1)
+        after = by_medians(one[begin : begin + length], other[begin + length : begin + 2 * length])
+        statuses["medians on the wall, one model after the other"] = after
+        for name, status in statuses.items():
+            found.setdefault(name, []).append(status)
+    return {name: {s: statuses.count(s) / count for s in ("pass", "fail")} for name, statuses in found.items()}
+
+
+def by_centre(values_K: np.ndarray, centre: Callable[[np.ndarray], Any]) -> str:
+    logs = block_estimate(values_K, len(values_K), centre=centre)
+    return latency_verdict(mapped(logs, math.exp), BUDGET)
 
 
 def by_medians(times: Sequence[float], baseline: Sequence[float]) -> str:
@@ -267,10 +274,10 @@ def live(models: dict[str, LlamaForCausalLM], trials: int, limit_s: float) -> di
                     seed=trial,
                 )
                 seconds = time.perf_counter() - start
-                ratios = {name: (measured.ratio_to_baseline or {})[name]["1"] for name in FIGURES}
+                ratios = {name: (measured.ratio_to_baseline or {})[name]["1"] for name in GATED}
                 row = outcome({name: ratio for name, ratio in ratios.items() if ratio is not None}, seconds)
                 row |= {f"{name}_ratio": ratio.to_json() for name, ratio in ratios.items() if ratio is not None}
-                row |= {"threads": measured.extra["threads"], "others_cpu_share": measured.extra["others_cpu_share"]}
+                row |= {key: measured.extra[key] for key in ("clock", "threads", "others_share")}
                 outcomes[case].append(row)
                 print(f"live {trial} {case}: {row['gate']} in {seconds:.1f} s", flush=True)
     return outcomes
@@ -311,10 +318,7 @@ def main() -> int:
     result |= {"minutes": round((time.perf_counter() - begun) / 60, 1), "environment": environment}
     result["environment_after"] = {"load_average": describe_environment()["cpu"]["load_average"]}
     result["live_trials"] = outcomes
-    result["recordings"] = {
-        name: {key: value for key, value in recording.items() if key != "rounds"}
-        for name, recording in recordings.items()
-    }
+    result["recordings"] = {name: as_json(recording) for name, recording in recordings.items()}
     write(result, options.out)
     return 0 if met(result) else 1
 
@@ -360,24 +364,25 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {table['gate']['pass'] / table['trials']:.1%} | {table[DECODE]['fail_share']:.2%} "
             f"| {table[PREFILL]['fail_share']:.2%} | {table['seconds_median']:.1f} | {table['seconds_most']:.1f} |"
         )
-    lines += ["", "Recorded timings (the whole of each recording):", ""]
-    lines += ["| recording | threads | decode ratio | prefill ratio | decode ms | sd of a turn's log ratio |"]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
+    lines += ["", "Recorded timings (the whole of each recording); the clock in bold is the one that counts there:", ""]
+    lines += ["| recording | threads | clock | decode ratio | prefill ratio | decode ms | sd of a turn's log ratio |"]
+    lines += ["|---|---:|---|---:|---:|---:|---:|"]
     for name, figures in result["recorded"].items():
-        decode = figures[DECODE]
-        lines.append(
-            f"| {name} | {result['recordings'][name]['threads']} | {shown(decode['ratio'])} "
-            f"| {shown(figures[PREFILL]['ratio'])} | {decode['baseline_median_ms']:.1f} "
-            f"| {decode['sd_of_log_ratio']:.3f} |"
-        )
+        for clock in ("wall", "cpu"):
+            decode, prefill = figures[clock][DECODE], figures[clock][PREFILL]
+            lines.append(
+                f"| {name} | {figures['threads']} | {f'**{clock}**' if clock == figures['clock'] else clock} "
+                f"| {shown(decode['ratio'])} | {shown(prefill['ratio'])} | {decode['baseline_median_ms']:.1f} "
+                f"| {decode['sd_of_log_ratio']:.3f} |"
+            )
     lines += [
         "",
-        f"The same resampled timings of decoding after {COMPARED_S:g} s, by other rules (share that fails):",
+        f"The same resampled timings of decoding after {COMPARED_S:g} s, by other rules (fails / passes):",
         "",
     ]
     lines += ["| rule | " + " | ".join(result["compared"]) + " |", "|---|" + "---:|" * len(result["compared"])]
     for rule in next(iter(result["compared"].values())):
-        cells = [f"{table[rule]['fail']:.1%}" for table in result["compared"].values()]
+        cells = [f"{table[rule]['fail']:.1%} / {table[rule]['pass']:.1%}" for table in result["compared"].values()]
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

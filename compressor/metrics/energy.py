@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from compressor.errors import EnvironmentProblem, RecipeError
 from compressor.metrics.bootstrap import bootstrap_median, mapped
+from compressor.metrics.latency.crowd import quiet_conditions
 from compressor.metrics.latency.measuring import evaluating, random_ids
 from compressor.metrics.latency.ratio import paired_ratio
 from compressor.metrics.latency.rounds import decoding_step_ms, generate_once, turns_of
-from compressor.metrics.latency.threads import others_share, useful_threads
 from compressor.reports.estimate import Estimate
 
 JOULES_IN_KWH = 3.6e6
@@ -106,7 +106,7 @@ def measure_energy(
             stack.enter_context(evaluating(side))
         ids_BP = random_ids(sides, batch, prompt, seed)
         step = functools.partial(decoding_step_ms, model, ids_BP[:1, :1])
-        stack.enter_context(useful_threads(step, ids_BP.device, others_share()))
+        conditions = stack.enter_context(quiet_conditions(step, ids_BP.device))
         for side in sides:
             generate_once(side, ids_BP, generate)
         order = turns_of(len(sides), seed)
@@ -117,7 +117,6 @@ def measure_energy(
                 if index == 0:
                     grams.append(kg * 1000 / tokens)
         # Which counters were found is in no public attribute.
-        threads = torch.get_num_threads()
         sources = tuple(part.description() for part in getattr(tracker, "_hardware", ()))
     return Energy(
         joules_per_token=bootstrap_median(joules[0]),
@@ -125,7 +124,7 @@ def measure_energy(
         ratio_to_baseline=None if baseline is None else paired_ratio(*joules),
         country=country,
         sources=sources,
-        threads=threads,
+        threads=conditions.threads,
         reasons={"ratio_to_baseline": "no baseline was measured beside it"} if baseline is None else {},
     )
 

@@ -9,6 +9,7 @@ import torch
 from compressor.errors import EnvironmentProblem, RecipeError
 from compressor.metrics import energy as module
 from compressor.metrics.energy import energy_unmeasured, measure_energy
+from compressor.metrics.latency import crowd
 from tests.tiny_models import tiny_model
 
 STAND_IN = """
@@ -49,7 +50,7 @@ def codecarbon(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     # The probe on a crowded machine would add forwards
-    monkeypatch.setattr(module, "others_share", lambda: 0.0)
+    monkeypatch.setattr(crowd, "others_share", lambda: 0.0)
     import codecarbon
 
     yield codecarbon

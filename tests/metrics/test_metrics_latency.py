@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.errors import RecipeError
-from compressor.metrics.latency import measure_latency, measuring
+from compressor.metrics.latency import crowd, measure_latency, measuring
 from compressor.reports.measurement import Measurement
 
 
@@ -79,9 +79,23 @@ def test_the_circumstances_are_recorded():
     """Threads, load of others, steps: figures without them cannot be read."""
     extra = quick(tiny_llama(), batch_sizes=[1]).extra
     assert extra["decode_steps"] == {"1": 3}
-    assert 0 <= extra["others_cpu_share"] <= 1
+    assert 0 <= extra["others_share"] <= 1
     assert extra["threads"] in (1, torch.get_num_threads())
     assert extra["stopped"] == {"1": "time"}
+
+
+def test_on_a_crowded_machine_computing_counts_and_the_wall_stands_beside_it(monkeypatch):
+    """The report says so, and survives being written and read."""
+    monkeypatch.setattr(crowd, "others_share", lambda: 0.9)
+    monkeypatch.setattr(crowd, "HELP", 0.0)  # threads never help enough
+    measured = quick(tiny_llama(), baseline=tiny_llama(1), batch_sizes=[1])
+    document = json.loads(json.dumps(Measurement(latency=measured).to_json(), allow_nan=False))
+    read = Measurement.from_json(document).latency.extra
+    assert (read["clock"], read["threads"]) == ("cpu", 1)
+    assert "90% of the cores" in read["crowded"]
+    assert read["wall"]["decode_ms_per_token"]["1"].value > 0
+    monkeypatch.setattr(crowd, "others_share", lambda: 0.0)
+    assert quick(tiny_llama(), batch_sizes=[1]).extra["clock"] == "wall"
 
 
 def test_a_prompt_that_is_too_long_is_null_with_a_reason():
@@ -98,10 +112,10 @@ def test_a_batch_that_does_not_fit_is_null_and_the_others_are_measured(monkeypat
     """Out of memory at batch 2 costs batch 2 only."""
     real = measuring.take_rounds
 
-    def limited(sides, ids, *more):
+    def limited(sides, ids, *more, **options):
         if len(ids) > 1:
             raise torch.OutOfMemoryError("no room")
-        return real(sides, ids, *more)
+        return real(sides, ids, *more, **options)
 
     monkeypatch.setattr(measuring, "take_rounds", limited)
     measured = quick(tiny_llama(), baseline=tiny_llama(1))
@@ -113,7 +127,7 @@ def test_a_batch_that_does_not_fit_is_null_and_the_others_are_measured(monkeypat
 def test_another_error_is_not_hidden(monkeypatch):
     """A model that cannot run is a fault, not a missing figure."""
 
-    def broken(*_):
+    def broken(*_, **options):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(measuring, "take_rounds", broken)

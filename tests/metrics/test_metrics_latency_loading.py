@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.errors import RecipeError
+from compressor.metrics.latency import crowd, measure_loading
 from compressor.metrics.latency import loading as module
-from compressor.metrics.latency import measure_loading
+from compressor.metrics.latency.rounds import Span
 
 
 def loader_of(model):
@@ -50,8 +51,8 @@ def test_both_sides_take_turns_after_a_load_that_does_not_count():
 def test_the_ratio_is_that_of_the_seconds(monkeypatch):
     """Loads of 3 s beside loads of 2 s."""
     slow, fast = loader_of(torch.nn.Linear(1, 1)), loader_of(torch.nn.Linear(1, 1))
-    monkeypatch.setattr(module, "others_share", lambda: 0.0)
-    monkeypatch.setattr(module, "_seconds", lambda load: 3.0 if load is slow else 2.0)
+    monkeypatch.setattr(crowd, "others_share", lambda: 0.0)
+    monkeypatch.setattr(module, "_span", lambda load: Span(3000.0, 0.0) if load is slow else Span(2000.0, 0.0))
     measured = measure_loading(slow, baseline=fast, loads=4)
     assert (measured.load_s.value, measured.baseline_load_s.value) == (3.0, 2.0)
     assert measured.ratio_to_baseline.ci95 == pytest.approx((1.5, 1.5))
@@ -61,8 +62,8 @@ def test_with_a_budget_loads_go_on_until_it_is_decided(monkeypatch):
     """Times that wobble by 10 % need more than the four asked for."""
     load = loader_of(torch.nn.Linear(1, 1))
     times = iter([1.0] + [1.1, 1.0, 0.9, 1.0, 1.0, 1.2, 1.0, 0.95] * 40)
-    monkeypatch.setattr(module, "_seconds", lambda load: next(times))
-    monkeypatch.setattr(module, "others_share", lambda: 0.0)
+    monkeypatch.setattr(module, "_span", lambda load: Span(1000 * next(times), 0.0))
+    monkeypatch.setattr(crowd, "others_share", lambda: 0.0)
     measured = measure_loading(load, baseline=load, loads=4, budget_ratio=1.1, max_seconds=60.0)
     assert measured.load_s.n > 4
     assert measured.ratio_to_baseline.ci95[1] <= 1.1

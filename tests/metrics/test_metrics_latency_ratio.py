@@ -13,6 +13,7 @@ from compressor.metrics.latency.ratio import (
     is_decided,
     log_ratios,
     paired_ratio,
+    ratio_of_computing,
     trimmed_mean,
 )
 from compressor.reports.estimate import Estimate
@@ -30,6 +31,15 @@ def test_swapping_the_sides_inverts_the_ratio():
     assert forth.value == pytest.approx(1 / back.value)
     # Quantiles of resampled centres are mirrored too; the two differ only in the order of a sort
     assert forth.ci95 == pytest.approx((1 / back.ci95[1], 1 / back.ci95[0]))
+
+
+def test_computing_decides_unless_the_wall_clock_contradicts_it():
+    """Noise on the wall around the same ratio changes nothing; a whole interval above does."""
+    cpu = ([1.1] * 12, [1.0] * 12)
+    noisy = (np.random.default_rng(0).lognormal(0.1, 0.4, 12), np.ones(12))
+    assert ratio_of_computing(cpu, noisy).value == pytest.approx(1.1)
+    assert ratio_of_computing(cpu, ([1.5] * 12, [1.0] * 12)).value == pytest.approx(1.5)
+    assert ratio_of_computing(cpu, ([0.5] * 12, [1.0] * 12)).value == pytest.approx(1.1)
 
 
 def test_a_fifth_of_the_blocks_at_each_end_does_not_count():

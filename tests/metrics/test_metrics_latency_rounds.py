@@ -6,20 +6,30 @@ import pytest
 import torch
 
 from compressor.metrics.latency import rounds as module
-from compressor.metrics.latency import threads
-from compressor.metrics.latency.rounds import DECODE, PREFILL, Patience, Rounds, Shape, Watch, shape_of, turns_of
+from compressor.metrics.latency.rounds import (
+    DECODE,
+    PREFILL,
+    TTFT,
+    Patience,
+    Rounds,
+    Shape,
+    Span,
+    Watch,
+    shape_of,
+    turns_of,
+)
 
 ONE_BURST = Shape(reads=1, turns=1, burst=4)
 
 
-def timed(ratio: float, count: int, shape: Shape = ONE_BURST, prefill_ratio: float | None = None) -> Rounds:
+def timed(ratio: float, count: int, prefill_ratio: float | None = None, clock="wall") -> Rounds:
     """So many rounds in which the model takes `ratio` times as long as the baseline, give or take 1 %."""
-    wobble = [1.01 if k % 4 < 2 else 0.99 for k in range(count)]
-    first = [10 * (prefill_ratio or ratio) * w for w in wobble]
-    rounds = Rounds.empty(2, shape)
-    for target, times in ((rounds.prefill, first), (rounds.decode, [10 * ratio * w for w in wobble])):
-        target[0].extend(times)
-        target[1].extend([10.0] * count)
+    rounds = Rounds.empty(2, ONE_BURST, clock)
+    for k in range(count):
+        wobble = 1.01 if k % 4 < 2 else 0.99
+        for figure, here in ((PREFILL, prefill_ratio or ratio), (TTFT, ratio), (DECODE, ratio)):
+            rounds.add(figure, 0, Span(10 * here * wobble, 5 * here * wobble))
+            rounds.add(figure, 1, Span(10.0, 5.0))
     return rounds
 
 
@@ -39,11 +49,11 @@ def test_a_round_takes_its_turns_in_that_order(monkeypatch):
 
     def read(side, ids):
         order.append("A" if side is model else "B")
-        return 20.0, 21.0, []
+        return Span(20.0, 2.0), Span(21.0, 2.1), []
 
     def decode(side, state, steps):
         order.append("a" if side is model else "b")
-        return 40.0
+        return Span(40.0, 4.0)
 
     monkeypatch.setattr(module, "_prefill", read)
     monkeypatch.setattr(module, "_decode", decode)
@@ -57,7 +67,7 @@ def test_a_round_takes_its_turns_in_that_order(monkeypatch):
         assert block[:4] in ("ABBA", "BAAB")
         assert block[4:8] in ("abba", "baab")
         assert block[8:] in ("abba", "baab")
-    assert [len(times) for times in taken.prefill + taken.decode] == [8, 8, 16, 16]
+    assert [[len(times) for times in taken.times["wall"][figure]] for figure in (PREFILL, DECODE)] == [[8, 8], [16, 16]]
 
 
 def test_rounds_go_on_until_both_their_number_and_the_patience_are_reached():
@@ -66,7 +76,8 @@ def test_rounds_go_on_until_both_their_number_and_the_patience_are_reached():
 
     def after(count, elapsed_s):
         rounds = Rounds.empty(1, ONE_BURST)
-        rounds.prefill[0].extend([1.0] * count)
+        for _ in range(count):
+            rounds.add(PREFILL, 0, Span(1.0, 1.0))
         return watch.after(rounds, elapsed_s)
 
     assert not after(4, 3.0)
@@ -133,47 +144,28 @@ def test_a_round_is_cut_to_the_time(generate, prefill_ms, step_ms, limit_s, shap
 
 
 def test_one_step_is_averaged_over_whole_rounds():
-    """Two bursts a round."""
+    """Two bursts a round; by either clock."""
     rounds = Rounds.empty(1, Shape(reads=1, turns=2, burst=3))
-    rounds.decode[0].extend([1.0, 3.0, 5.0, 9.0])
-    assert rounds.decode_rounds(0) == [2.0, 7.0]
+    for ms in (1.0, 3.0, 5.0, 9.0):
+        rounds.add(DECODE, 0, Span(ms, ms / 2))
+    assert rounds.of(DECODE, 0) == [2.0, 7.0]
+    assert rounds.of(DECODE, 0, "cpu") == [1.0, 3.5]
     assert rounds.shape.steps == 6
 
 
-def steps_by_threads(times: dict[int, float]):
-    return lambda: times[torch.get_num_threads()]
+def test_the_clock_that_counts_gives_the_ratio():
+    """On the wall the load of the machine came down on one side; its computing was the same."""
+    rounds = Rounds.empty(2, ONE_BURST, "cpu")
+    for k in range(20):
+        rounds.add(DECODE, 0, Span(30.0 if k % 3 else 9.0, 5.0))
+        rounds.add(DECODE, 1, Span(10.0 if k % 4 else 40.0, 5.0))
+    assert rounds.ratio(DECODE).ci95 == pytest.approx((1.0, 1.0))
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_threads_that_wait_for_each_other_are_not_used():
-    """26 ms with one thread against 1,260 ms with two; the number is given back."""
-    step = steps_by_threads({1: 26.0, 2: 1260.0})
-    with threads.useful_threads(step, torch.device("cpu"), share=0.9) as reason:
-        assert torch.get_num_threads() == 1
-        assert "with 2 threads a step took 1260.0 ms, with one 26.0 ms" in reason
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    ("times", "device", "share"),
-    [
-        ({1: 26.0, 2: 14.0}, "cpu", 0.9),  # they help
-        ({1: 26.0, 2: 28.0}, "cpu", 0.9),  # within the noise
-        ({}, "cpu", 0.05),  # nobody else is there: not even tried
-        ({}, "cuda", 0.9),
-    ],
-)
-def test_the_users_threads_stand_otherwise(times, device, share):
-    """Two remain."""
-    with threads.useful_threads(steps_by_threads(times), torch.device(device), share) as reason:
-        assert torch.get_num_threads() == 2
-        assert reason is None
+def test_a_model_that_waits_does_not_hide_behind_its_computing():
+    """It computes as long as the baseline, but sleeps as long again: 2 by the clock on the wall."""
+    rounds = Rounds.empty(2, ONE_BURST, "cpu")
+    for _ in range(20):
+        rounds.add(DECODE, 0, Span(20.0, 10.0))
+        rounds.add(DECODE, 1, Span(10.0, 10.0))
+    assert rounds.ratio(DECODE).value == pytest.approx(2.0)

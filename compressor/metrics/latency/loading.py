@@ -1,42 +1,42 @@
 """How long a folder takes to become a model that answers."""
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import RecipeError
 from compressor.metrics.bootstrap import bootstrap_median
-from compressor.metrics.latency.ratio import is_decided, paired_ratio
-from compressor.metrics.latency.rounds import EARLY_LEVEL, decoding_step_ms, turns_of
-from compressor.metrics.latency.threads import others_share, useful_threads
+from compressor.metrics.latency.crowd import Conditions, quiet_conditions
+from compressor.metrics.latency.ratio import is_decided, paired_ratio, ratio_of_computing
+from compressor.metrics.latency.rounds import EARLY_LEVEL, Span, decoding_step_ms, now, since, turns_of
 from compressor.models import load_model
 from compressor.reports.estimate import Estimate
 
 FEWEST_LOADS = 4  # two blocks of A B B A: one alone has no interval
 
+Times = list[list[Span]]  # by side
 Loader = Callable[[], contextlib.AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTimes:
-    """Seconds until a model has answered its first token, medians over loads with a warm file cache.
+    """Seconds until a model has answered its first token, medians over loads with a warm file cache, on the wall.
 
     `ratio_to_baseline` is from loads that took turns; None, as `baseline_load_s` is, where none was loaded beside it.
-    `threads` is what torch used: one on a crowded machine (`threads_reason`).
+    `conditions` says which clock and how many threads the ratio rests on.
     """
 
     load_s: Estimate
     baseline_load_s: Estimate | None = None
     ratio_to_baseline: Estimate | None = None
-    threads: int
-    threads_reason: str | None = None
+    conditions: Conditions
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -61,41 +61,26 @@ def measure_loading(
     if loads < 1:
         raise RecipeError(f"load time: loads must be at least 1, not {loads}")
     sides = [_loader(side) for side in (model, baseline) if side is not None]
-    start = time.perf_counter()
+    deadline = time.perf_counter() + max_seconds
     with contextlib.ExitStack() as stack:
-        share = others_share()
         with sides[0]() as live:
-            ids_B1 = _one_token(live)
-            crowded = stack.enter_context(useful_threads(lambda: decoding_step_ms(live, ids_B1), ids_B1.device, share))
+            step = functools.partial(decoding_step_ms, live, _one_token(live))
+            conditions = stack.enter_context(quiet_conditions(step, next(live.parameters()).device))
         for load in sides[1:]:
-            _seconds(load)
-        threads = torch.get_num_threads()
-        times = _take_turns(sides, loads, None if baseline is None else budget_ratio, start + max_seconds, seed)
-    circumstances: Any = {"load_s": bootstrap_median(times[0]), "threads": threads, "threads_reason": crowded}
+            _span(load)
+        is_enough = _enough(conditions, loads, None if baseline is None else budget_ratio, deadline)
+        times = _take_turns(sides, is_enough, seed)
+    seconds = [bootstrap_median([span.wall_ms / 1000 for span in side]) for side in times]
     if baseline is None:
         reason = "no baseline was loaded beside it"
-        return LoadTimes(**circumstances, reasons={"baseline_load_s": reason, "ratio_to_baseline": reason})
+        reasons = {"baseline_load_s": reason, "ratio_to_baseline": reason}
+        return LoadTimes(load_s=seconds[0], conditions=conditions, reasons=reasons)
     return LoadTimes(
-        **circumstances, baseline_load_s=bootstrap_median(times[1]), ratio_to_baseline=paired_ratio(*times)
+        load_s=seconds[0],
+        baseline_load_s=seconds[1],
+        ratio_to_baseline=_ratio(times, conditions),
+        conditions=conditions,
     )
-
-
-def _take_turns(
-    sides: Sequence[Loader], loads: int, budget_ratio: float | None, deadline: float, seed: int
-) -> tuple[list[float], ...]:
-    """Seconds of each load by side."""
-    times: tuple[list[float], ...] = tuple([] for _ in sides)
-    begun = time.perf_counter()
-    for turn in turns_of(len(sides), seed):
-        for side in turn:
-            times[side].append(_seconds(sides[side]))
-        count, now = len(times[0]), time.perf_counter()
-        if count < FEWEST_LOADS or count % len(sides):
-            continue
-        is_open = budget_ratio is not None and not is_decided(paired_ratio(*times, level=EARLY_LEVEL), budget_ratio)
-        if (count >= loads and not is_open) or now + (now - begun) * len(sides) / count > deadline:
-            break
-    return times
 
 
 def _loader(model: str | Path | Loader) -> Loader:
@@ -105,12 +90,44 @@ def _loader(model: str | Path | Loader) -> Loader:
     return lambda: load_model(name).live()
 
 
-def _seconds(load: Loader) -> float:
+def _take_turns(sides: Sequence[Loader], is_enough: Callable[[Times], bool], seed: int) -> Times:
+    """The time of each load by side."""
+    times: Times = [[] for _ in sides]
+    for turn in turns_of(len(sides), seed):
+        for side in turn:
+            times[side].append(_span(sides[side]))
+        if is_enough(times):
+            break
+    return times
+
+
+def _enough(conditions: Conditions, loads: int, budget_ratio: float | None, deadline: float) -> Callable[[Times], bool]:
+    """When to stop: at the number of loads, once a budget is decided, or where the next turn would end too late."""
+    begun = time.perf_counter()
+
+    def enough(times: Times) -> bool:
+        count, now_s = len(times[0]), time.perf_counter()
+        if count < FEWEST_LOADS or count % len(times):
+            return False
+        is_open = budget_ratio is not None and not is_decided(_ratio(times, conditions, EARLY_LEVEL), budget_ratio)
+        return (count >= loads and not is_open) or now_s + (now_s - begun) * len(times) / count > deadline
+
+    return enough
+
+
+def _ratio(times: Times, conditions: Conditions, level: float = 0.95) -> Estimate:
+    wall_ms = [[span.wall_ms for span in side] for side in times]
+    if conditions.clock == "wall":
+        return paired_ratio(*wall_ms, level=level)
+    return ratio_of_computing([[span.cpu_ms for span in side] for side in times], wall_ms, level=level)
+
+
+def _span(load: Loader) -> Span:
     gc.collect()  # what the load before left behind would be collected in the middle of this one
-    start = time.perf_counter()
+    start = now()
     with load() as model:
         decoding_step_ms(model, _one_token(model))
-        return time.perf_counter() - start
+        return since(start)
 
 
 def _one_token(model: nn.Module) -> Tensor:

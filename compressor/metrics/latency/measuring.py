@@ -4,9 +4,11 @@ B sequences in a batch, P prompt tokens.
 """
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,15 +16,22 @@ from torch import Tensor, nn
 
 from compressor.errors import RecipeError
 from compressor.metrics.bootstrap import bootstrap_median, mapped
-from compressor.metrics.latency.ratio import paired_ratio
-from compressor.metrics.latency.rounds import DECODE, PREFILL, TTFT, Patience, Rounds, decoding_step_ms, take_rounds
-from compressor.metrics.latency.threads import others_share, useful_threads
+from compressor.metrics.latency.crowd import Clock, quiet_conditions
+from compressor.metrics.latency.rounds import (
+    DECODE,
+    FIGURES,
+    PREFILL,
+    TTFT,
+    Patience,
+    Rounds,
+    decoding_step_ms,
+    take_rounds,
+)
 from compressor.reports.estimate import Estimate
 from compressor.reports.measurement import Latency
 
 # A model so small that its rounds are cheap is measured this long, since more rounds narrow the interval.
 PATIENCE_S = 6.0
-RATIOS = (PREFILL, TTFT, DECODE)
 
 
 @torch.inference_mode()
@@ -51,7 +60,8 @@ def measure_latency(
 
     A batch that does not fit in memory, or a prompt too long for the model, is None with a reason. RecipeError for
     sizes that are not positive, and for a budget without a baseline. The models stay in the mode (train or eval) that
-    they were in. On a crowded machine one thread may be used instead of many (`threads`, `threads_reason`).
+    they were in. On a crowded machine the CPU time of one thread may be what counts (`clock`, `threads`, `crowded`; the
+    times on the wall are in `wall`).
     """
     _check_sizes(batch=min(batch_sizes, default=0), prompt=prompt, generate=generate, rounds=min_rounds)
     budgets = _budgets(budget_ratio, has_baseline=baseline is not None)
@@ -64,12 +74,9 @@ def measure_latency(
     with contextlib.ExitStack() as stack:
         for side in sides:
             stack.enter_context(evaluating(side))
-        circumstances["others_cpu_share"] = share = others_share()
-        probe_B1 = random_ids(sides, 1, 1, seed)
-        crowded = stack.enter_context(useful_threads(lambda: decoding_step_ms(model, probe_B1), _device(model), share))
-        circumstances["threads"] = torch.get_num_threads()
-        if crowded is not None:
-            circumstances["threads_reason"] = crowded
+        step = functools.partial(decoding_step_ms, model, random_ids(sides, 1, 1, seed))
+        conditions = stack.enter_context(quiet_conditions(step, _device(model)))
+        circumstances |= {key: value for key, value in asdict(conditions).items() if value is not None}
         for index, batch in enumerate(batch_sizes):
             if too_long is not None:
                 reasons[batch] = too_long
@@ -80,7 +87,7 @@ def measure_latency(
             ids_BP = random_ids(sides, batch, prompt, seed)
             try:
                 with _no_garbage_collection():
-                    measured[batch] = take_rounds(sides, ids_BP, generate, patience, seed)
+                    measured[batch] = take_rounds(sides, ids_BP, generate, patience, clock=conditions.clock, seed=seed)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -101,9 +108,9 @@ def _budgets(budget_ratio: float | Mapping[str, float] | None, *, has_baseline: 
         raise RecipeError("latency: a budget_ratio needs a baseline that is timed beside the model")
     both = budget_ratio if isinstance(budget_ratio, Mapping) else {PREFILL: budget_ratio, DECODE: budget_ratio}
     for figure, limit in both.items():
-        if figure not in RATIOS or not limit > 0:
+        if figure not in FIGURES or not limit > 0:
             raise RecipeError(
-                f"latency: budget_ratio is {figure}: {limit}; possible are positive limits of {', '.join(RATIOS)}"
+                f"latency: budget_ratio is {figure}: {limit}; possible are positive limits of {', '.join(FIGURES)}"
             )
     return dict(both)
 
@@ -124,22 +131,20 @@ def _section(
         return {str(batch): figure(batch, measured[batch]) if batch in measured else None for batch in batch_sizes}
 
     def absolute(side: int, prefix: str = "") -> dict[str, dict[str, Estimate | None]]:
-        return {
-            PREFILL: by_batch(prefix + PREFILL, lambda _, rounds: bootstrap_median(rounds.prefill[side])),
-            TTFT: by_batch(prefix + TTFT, lambda _, rounds: bootstrap_median(rounds.first_token[side])),
-            DECODE: by_batch(prefix + DECODE, lambda _, rounds: bootstrap_median(rounds.decode_rounds(side))),
-        }
+        return {name: by_batch(prefix + name, _median(name, side)) for name in FIGURES}
 
     def tokens_per_s(batch: int, rounds: Rounds) -> Estimate:
-        return mapped(bootstrap_median(rounds.decode_rounds(0)), lambda ms: 1000 * batch / ms)
+        return mapped(bootstrap_median(rounds.of(DECODE, 0)), lambda ms: 1000 * batch / ms)
 
     own = absolute(0)
     extra = circumstances | {TTFT: own[TTFT]}
     extra["decode_steps"] = {str(batch): rounds.shape.steps for batch, rounds in measured.items()}
     extra["stopped"] = {str(batch): rounds.stopped for batch, rounds in measured.items()}
+    if circumstances.get("clock") == "cpu":
+        extra["wall"] = {name: by_batch(f"wall.{name}", _median(name, 0, "wall")) for name in FIGURES}
     ratios = None
     if has_baseline:
-        ratios = {name: by_batch(f"ratio_to_baseline.{name}", _ratio(name)) for name in RATIOS}
+        ratios = {name: by_batch(f"ratio_to_baseline.{name}", _ratio(name)) for name in FIGURES}
         extra["baseline"] = absolute(1, "baseline.")
     return Latency(
         prefill_ms=own[PREFILL],
@@ -152,7 +157,11 @@ def _section(
 
 
 def _ratio(figure: str) -> Callable[[int, Rounds], Estimate]:
-    return lambda _, rounds: paired_ratio(*rounds.pairs(figure))
+    return lambda _, rounds: rounds.ratio(figure)
+
+
+def _median(figure: str, side: int, clock: Clock | None = None) -> Callable[[int, Rounds], Estimate]:
+    return lambda _, rounds: bootstrap_median(rounds.of(figure, side, clock))
 
 
 def random_ids(sides: tuple[nn.Module, ...], batch: int, prompt: int, seed: int) -> Tensor:

@@ -23,6 +23,7 @@ MOST_BLOCKS = 64
 TRIMMED = 0.2  # of the blocks at each end
 
 Blocks = NDArray[np.float64]  # the values of the blocks, in the last axis
+Sides = Sequence[Sequence[float]]  # the times of the model, those of the baseline
 Centre = Callable[[Blocks], Any]
 
 
@@ -36,6 +37,17 @@ def paired_ratio(
     """
     ratios_N = log_ratios(times_ms, baseline_ms)
     return mapped(block_estimate(blocks(ratios_N), len(ratios_N), level=level, seed=seed), math.exp)
+
+
+def ratio_of_computing(cpu_ms: Sides, wall_ms: Sides, *, level: float = 0.95) -> Estimate:
+    """The ratio of two sides' CPU times, unless the wall clock shows that the model waits for something.
+
+    CPU time knows nothing of waiting (for a disk, another device). Where the wall clock's whole interval lies above
+    that of the CPU time, the model waits more than its computing explains, and the wall clock's ratio is given.
+    """
+    computing, passing = (paired_ratio(*sides, level=level) for sides in (cpu_ms, wall_ms))
+    waits = computing.ci95 is not None and passing.ci95 is not None and passing.ci95[0] > computing.ci95[1]
+    return passing if waits else computing
 
 
 def is_decided(ratio: Estimate, limit: float) -> bool:

@@ -9,13 +9,15 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from compressor.metrics.latency.ratio import is_decided, paired_ratio
+from compressor.metrics.latency.crowd import Clock
+from compressor.metrics.latency.ratio import is_decided, paired_ratio, ratio_of_computing
+from compressor.reports.estimate import Estimate
 
 FEWEST_ROUNDS = 3  # even when the time is over: an interval of two rounds would say nothing
 WARM_UP_STEPS = 2
@@ -38,7 +40,14 @@ EARLY_BLOCKS = 8
 LOOK_EVERY = 1.3  # a look when the time passed has grown by this factor
 
 Sides = Sequence[nn.Module]
-PREFILL, TTFT, DECODE = "prefill_ms", "ttft_ms", "decode_ms_per_token"
+PREFILL, TTFT, DECODE = FIGURES = ("prefill_ms", "ttft_ms", "decode_ms_per_token")
+
+
+class Span(NamedTuple):
+    """How long something took by the clock on the wall, and how long this process computed meanwhile."""
+
+    wall_ms: float
+    cpu_ms: float
 
 
 @dataclass(frozen=True)
@@ -57,31 +66,40 @@ class Shape:
 
 @dataclass
 class Rounds:
-    """Times in ms, in the order taken, by side: 0 is the model, 1 the baseline.
+    """Times in ms, in the order taken: `times[clock][figure][side][turn]`; side 0 is the model, 1 the baseline.
 
-    `prefill[side][turn]` the forward over the prompt; `first_token[side][turn]` from the request to the first token
-    on the host; `decode[side][turn]` one step, on average over a burst.
+    `prefill_ms` is the forward over the prompt, `ttft_ms` the way from the request to the first token on the host,
+    `decode_ms_per_token` one step, on average over a burst. `clock` is the one that counts (see crowd.py).
     """
 
-    prefill: tuple[list[float], ...]
-    first_token: tuple[list[float], ...]
-    decode: tuple[list[float], ...]
     shape: Shape
+    clock: Clock
+    times: dict[Clock, dict[str, tuple[list[float], ...]]]
     stopped: str = ""
 
     @classmethod
-    def empty(cls, num_sides: int, shape: Shape) -> Self:
+    def empty(cls, num_sides: int, shape: Shape, clock: Clock = "wall") -> Self:
         """Nothing timed yet."""
-        return cls(_lists(num_sides), _lists(num_sides), _lists(num_sides), shape)
+        clocks: tuple[Clock, ...] = ("wall", "cpu")
+        return cls(shape, clock, {c: {f: tuple([] for _ in range(num_sides)) for f in FIGURES} for c in clocks})
 
-    def pairs(self, figure: str) -> tuple[list[float], ...]:
-        """The times of a figure by side, turn by turn."""
-        return {PREFILL: self.prefill, TTFT: self.first_token, DECODE: self.decode}[figure]
+    def add(self, figure: str, side: int, span: Span) -> None:
+        """Put one measurement behind the others."""
+        self.times["wall"][figure][side].append(span.wall_ms)
+        self.times["cpu"][figure][side].append(span.cpu_ms)
 
-    def decode_rounds(self, side: int) -> list[float]:
-        """One step on average over each whole round."""
-        times, turns = self.decode[side], self.shape.turns
+    def of(self, figure: str, side: int, clock: Clock | None = None) -> list[float]:
+        """The times of a figure, turn by turn; of decoding, one step on average over each whole round."""
+        times = self.times[clock or self.clock][figure][side]
+        turns = self.shape.turns if figure == DECODE else 1
         return [sum(times[i : i + turns]) / turns for i in range(0, len(times), turns)]
+
+    def ratio(self, figure: str, *, level: float = 0.95) -> Estimate:
+        """The model's time / the baseline's, by the clock that counts (and see `ratio_of_computing`)."""
+        wall = self.times["wall"][figure]
+        if self.clock == "wall":
+            return paired_ratio(*wall, level=level)
+        return ratio_of_computing(self.times["cpu"][figure], wall, level=level)
 
 
 @dataclass(frozen=True)
@@ -96,10 +114,6 @@ class Patience:
     patience_s: float
     limit_s: float
     budgets: Mapping[str, float] = field(default_factory=dict)
-
-
-def _lists(num_sides: int) -> tuple[list[float], ...]:
-    return tuple([] for _ in range(num_sides))
 
 
 def turns_of(num_sides: int, seed: int) -> Iterator[tuple[int, ...]]:
@@ -131,7 +145,7 @@ class Watch:
 
     def after(self, rounds: Rounds, elapsed_s: float) -> str:
         """Why no further round is needed; empty to go on. Two sides stop after whole blocks only."""
-        patience, count = self.patience, len(rounds.prefill[0]) // rounds.shape.reads
+        patience, count = self.patience, len(rounds.of(PREFILL, 0)) // rounds.shape.reads
         if count % self.num_sides:
             return ""
         if self.undecided and elapsed_s >= self._next_look_s:
@@ -149,9 +163,11 @@ class Watch:
         return "time" if elapsed_s * (1 + self.num_sides / count) > patience.limit_s else ""
 
 
-def take_rounds(sides: Sides, ids_BP: Tensor, generate: int, patience: Patience, seed: int = 0) -> Rounds:
+def take_rounds(
+    sides: Sides, ids_BP: Tensor, generate: int, patience: Patience, *, clock: Clock = "wall", seed: int = 0
+) -> Rounds:
     """Warm both sides up, then let them take turns until the patience is over."""
-    rounds = Rounds.empty(len(sides), _warm_up(sides, ids_BP, generate, patience.limit_s))
+    rounds = Rounds.empty(len(sides), _warm_up(sides, ids_BP, generate, patience.limit_s), clock)
     watch = Watch(patience, len(sides))
     prefill_turns, decode_turns = turns_of(len(sides), seed), turns_of(len(sides), seed + 1)
     start = time.perf_counter()
@@ -163,10 +179,9 @@ def take_rounds(sides: Sides, ids_BP: Tensor, generate: int, patience: Patience,
 
 def is_clear(rounds: Rounds, figure: str, limit: float) -> bool:
     """Whether the rounds so far show early on which side of a limit the ratio of a figure lies."""
-    times, baseline = rounds.pairs(figure)
-    if len(times) < 2 * EARLY_BLOCKS:
+    if len(rounds.times[rounds.clock][figure][0]) < 2 * EARLY_BLOCKS:
         return False
-    return is_decided(paired_ratio(times, baseline, level=EARLY_LEVEL), limit)
+    return is_decided(rounds.ratio(figure, level=EARLY_LEVEL), limit)
 
 
 def generate_once(model: nn.Module, ids_BP: Tensor, tokens: int) -> None:
@@ -177,8 +192,8 @@ def generate_once(model: nn.Module, ids_BP: Tensor, tokens: int) -> None:
 
 
 def decoding_step_ms(model: nn.Module, ids_B1: Tensor) -> float:
-    """Milliseconds of one forward of a single token."""
-    return _forward(model, ids_B1, DynamicCache(config=model.config))[0]  # type: ignore[arg-type]
+    """Milliseconds of one forward of a single token, by the wall clock."""
+    return _forward(model, ids_B1, DynamicCache(config=model.config))[0].wall_ms  # type: ignore[arg-type]
 
 
 def _one_round(
@@ -191,22 +206,22 @@ def _one_round(
     states: dict[int, Any] = {}
     for _ in range(rounds.shape.reads):
         for side in next(prefill_turns):
-            prefill_ms, first_token_ms, states[side] = _prefill(sides[side], ids_BP)
-            rounds.prefill[side].append(prefill_ms)
-            rounds.first_token[side].append(first_token_ms)
+            prefill, first_token, states[side] = _prefill(sides[side], ids_BP)
+            rounds.add(PREFILL, side, prefill)
+            rounds.add(TTFT, side, first_token)
     if decode_turns is not None:
         for _ in range(rounds.shape.turns):
             for side in next(decode_turns):
-                rounds.decode[side].append(_decode(sides[side], states[side], rounds.shape.burst))
+                rounds.add(DECODE, side, _decode(sides[side], states[side], rounds.shape.burst))
 
 
 def _warm_up(sides: Sides, ids_BP: Tensor, generate: int, limit_s: float) -> Shape:
     """A cold round of all sides, and what shape the rounds have if they take as long."""
     prefill_ms = step_ms = 0.0
     for model in sides:
-        cold_ms, _, state = _prefill(model, ids_BP)
-        prefill_ms += cold_ms
-        step_ms += _decode(model, state, min(generate, WARM_UP_STEPS))
+        cold, _, state = _prefill(model, ids_BP)
+        prefill_ms += cold.wall_ms
+        step_ms += _decode(model, state, min(generate, WARM_UP_STEPS)).wall_ms
     return shape_of(len(sides), generate, prefill_ms, step_ms, limit_s)
 
 
@@ -219,35 +234,46 @@ def shape_of(num_sides: int, generate: int, prefill_ms: float, step_ms: float, l
     return Shape(reads, steps // burst, burst)
 
 
-def _prefill(model: nn.Module, ids_BP: Tensor) -> tuple[float, float, Any]:
-    """Milliseconds of the forward, milliseconds to the first token, and what decoding goes on from."""
+def _prefill(model: nn.Module, ids_BP: Tensor) -> tuple[Span, Span, Any]:
+    """The time of the forward, the time to the first token, and what decoding goes on from."""
     _wait_for(ids_BP.device)
-    begun = time.perf_counter()
+    begun = now()
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    prefill_ms, logits_BTV = _forward(model, ids_BP, cache)
+    forward, logits_BTV = _forward(model, ids_BP, cache)
     next_B1 = logits_BTV[:, -1:].argmax(-1)
     next_B1.tolist()  # a token that is still on the GPU has not been answered
-    return prefill_ms, 1000 * (time.perf_counter() - begun), [cache, next_B1]
+    return forward, since(begun), [cache, next_B1]
 
 
-def _decode(model: nn.Module, state: Any, steps: int) -> float:
-    """Milliseconds of one step on average; the state moves on."""
+def _decode(model: nn.Module, state: Any, steps: int) -> Span:
+    """The time of one step on average; the state moves on."""
     cache, next_B1 = state
-    total_ms = 0.0
+    spans = []
     for _ in range(steps):
-        step_ms, logits_BTV = _forward(model, next_B1, cache)
+        span, logits_BTV = _forward(model, next_B1, cache)
         next_B1 = logits_BTV[:, -1:].argmax(-1)
-        total_ms += step_ms
+        spans.append(span)
     state[1] = next_B1
-    return total_ms / steps
+    return Span(sum(span.wall_ms for span in spans) / steps, sum(span.cpu_ms for span in spans) / steps)
 
 
-def _forward(model: nn.Module, ids_BT: Tensor, cache: DynamicCache) -> tuple[float, Tensor]:
+def _forward(model: nn.Module, ids_BT: Tensor, cache: DynamicCache) -> tuple[Span, Tensor]:
     _wait_for(ids_BT.device)
-    start = time.perf_counter()
+    start = now()
     output = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     _wait_for(ids_BT.device)
-    return 1000 * (time.perf_counter() - start), output.logits
+    return since(start), output.logits
+
+
+def now() -> tuple[float, float]:
+    """Seconds by the wall clock, and of this process's computing."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> Span:
+    """What has passed since `now()` gave `start`."""
+    wall_s, cpu_s = now()
+    return Span(1000 * (wall_s - start[0]), 1000 * (cpu_s - start[1]))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -198,7 +198,7 @@ def _self_test(candidate: str, baselines: list[str], quiet: bool) -> Answer:
 
 def _caught(row: dict[str, Any]) -> str:
     if row["caught"] is None:
-        return f"does not apply: {row['text']}"
+        return str(row["text"])
     return f"{'caught' if row['caught'] else 'MISSED'}  {row['rule'] or ''}  {row['named'] or ''}".rstrip()
 
 

@@ -5,7 +5,7 @@ A report is the JSON document of design section 5 (`report.json`), so that a gat
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -40,12 +40,25 @@ def readings(report: Mapping[str, Any], metric: str) -> list[Reading]:
     steps = report.get("steps") or []
     if not steps:
         return [Reading(reason="the report has no steps")]
+    if metric == "robustness_gap":
+        return _gaps(_section(steps[-1].get("measurement"), "behaviour"))
     if metric in MEASURED:
         values, where = _section(steps[-1].get("measurement"), MEASURED[metric]), f"measurement.{MEASURED[metric]}"
     else:
         values, where = _section(steps[-1].get("delta"), "from_baseline"), "delta.from_baseline"
     reason = values.get(f"{metric}_reason") or f"the last step's {where} in the report does not hold it"
     return _parts(values.get(metric), str(reason))
+
+
+def _gaps(behaviour: Mapping[str, Any]) -> list[Reading]:
+    """The gap of every task and perturbation."""
+    reason = str(behaviour.get("robustness_reason") or "evaluate.robustness was not asked for")
+    found = [
+        replace(reading, part=f"{task}, {reading.part}")
+        for task, by_variant in (behaviour.get("robustness") or {}).items()
+        for reading in _parts(by_variant, reason)
+    ]
+    return found or [Reading(reason=reason)]
 
 
 def _section(parent: Any, key: str) -> Mapping[str, Any]:

@@ -52,6 +52,15 @@ def test_a_plain_number_is_exact():
     assert only_check(report_with(weight_bytes_ratio=0.4501), weight_bytes_ratio={"max": 0.45}).status == "fail"
 
 
+def test_the_worst_perturbation_speaks_for_robustness():
+    """Of two variants of a task one loses eight points more than the baseline does; without any, nothing is a pass."""
+    gaps = {"piqa": {"typos": estimate(0.08, 0.06, 0.1), "drops": estimate(0.0, -0.01, 0.01)}}
+    check = only_check(report_with({"behaviour": {"robustness": gaps}}), robustness_gap={"max": 0.05})
+    assert (check.status, check.value) == ("fail", 0.08)
+    assert "piqa, typos" in check.text
+    assert only_check(report_with({"behaviour": {}}), robustness_gap={"max": 0.05}).status == "unmeasured"
+
+
 def test_the_worst_text_speaks_for_the_perplexity():
     """One broken text among good ones is a regression, and it is the one that is named."""
     ratios = {"wiki": estimate(1.01, 1.0, 1.02), "code": estimate(1.3, 1.2, 1.4), "news": estimate(1.04, 1.0, 1.08)}

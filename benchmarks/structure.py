@@ -136,8 +136,12 @@ def healthy(scratch: Path) -> list[dict[str, Any]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables: one line a fault, one line a healthy export."""
-    cpu = result["environment"]["cpu"]["model"]
-    lines = [f"{result['date']}: structural rules of the gate, int4 exports by rounding. {cpu}, 2 threads.", ""]
+    cpu = result["environment"]["cpu"]
+    lines = [
+        f"{result['date']}: structural rules of the gate, int4 exports by rounding. {cpu['model']}, "
+        f"{cpu['threads']} threads, load average at the end {cpu['load_average'][0]:.1f}.",
+        "",
+    ]
     for part in result["models"]:
         lines += [
             f"`{part['model']}`: {part['rules']} rules in {part['check_seconds']} s on the healthy export, "

@@ -19,7 +19,6 @@ from tests.tiny_models import tiny_ids
 RTN = {"method": "rtn", "scale_search": "mse"}
 INT4 = {"bits": 4, "group_size": 32}
 EXPERTS = Prune(structure="experts", ratio=0.25)
-INDEX = "model.safetensors.index.json"
 
 
 def distill(text: Path) -> Distill:

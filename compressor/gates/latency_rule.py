@@ -4,7 +4,7 @@ Times in ms. An environment is what `metrics.describe_environment` writes into a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +39,14 @@ class Timing:
     """What one machine says about one model: a time, and its ratio to a reference that was timed there beside it.
 
     `reference` names the reference model so that two machines can be seen to mean the same one: the hash of its files.
+    `clock` and `threads` stand in the report's latency section: on a crowded machine the CPU time of one thread is
+    taken instead of the time on the wall.
     """
 
     environment: Mapping[str, Any]
     ms: Estimate | None = None
+    clock: str = "wall"
+    threads: int | None = None
     to_reference: Estimate | None = None
     reference: str | None = None
 
@@ -69,20 +73,21 @@ def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None
 
     A field that only one of them records is a difference: an old report does not say how many threads it used.
     """
-    differences = [
-        f"{label} {_shown(before)} against {_shown(after)}"
-        for label, before, after in _deciding(one, other)
-        if before is _ABSENT or after is _ABSENT or before != after
-    ]
+    differences = []
+    for path, label in DECIDING.items():
+        before, after = _at(one, path), _at(other, path)
+        if before is _ABSENT or after is _ABSENT or before != after:
+            differences.append(f"{label} {_shown(before)} against {_shown(after)}")
     return "; ".join(differences) or None
 
 
 def refuse_across_machines(candidate: Timing, baseline: Timing) -> None:
     """Raise EnvironmentProblem where two timings have nothing in common that makes them comparable.
 
-    They may be compared when the machines are alike, or when both are ratios to one reference that ran on each machine.
+    They may be compared when machine, clock and threads are alike, or when both are ratios to one reference that ran
+    beside each.
     """
-    difference = same_machine(candidate.environment, baseline.environment)
+    difference = _difference(candidate, baseline)
     if difference is None or _shared_reference(candidate, baseline):
         return
     missing = "neither names a reference model timed on both"
@@ -91,8 +96,8 @@ def refuse_across_machines(candidate: Timing, baseline: Timing) -> None:
     elif candidate.to_reference is not None or baseline.to_reference is not None:
         missing = f"only the {'candidate' if candidate.to_reference is not None else 'baseline'} has a reference"
     raise EnvironmentProblem(
-        f"times of two machines are not compared: {difference}; and {missing}. Time both models on one machine, or "
-        "each beside the same reference model"
+        f"times that were taken apart are not compared: {difference}; and {missing}. Time both models on one machine, "
+        "or each beside the same reference model"
     )
 
 
@@ -118,14 +123,18 @@ def ratio_across(candidate: Timing, baseline: Timing) -> Estimate:
     return Estimate(value, (value * math.exp(-below), value * math.exp(above)), n)
 
 
+def _difference(candidate: Timing, baseline: Timing) -> str | None:
+    parts = [same_machine(candidate.environment, baseline.environment)]
+    for label in ("clock", "threads"):
+        after, before = getattr(candidate, label), getattr(baseline, label)
+        if after != before:
+            parts.append(f"{label} {_shown(after)} against {_shown(before)}")
+    return "; ".join(part for part in parts if part) or None
+
+
 def _shared_reference(candidate: Timing, baseline: Timing) -> bool:
     has_ratios = candidate.to_reference is not None and baseline.to_reference is not None
     return has_ratios and candidate.reference is not None and candidate.reference == baseline.reference
-
-
-def _deciding(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for path, label in DECIDING.items():
-        yield label, _at(one, path), _at(other, path)
 
 
 def _at(environment: Mapping[str, Any], path: str) -> Any:

@@ -160,3 +160,14 @@ def test_a_time_that_is_missing_is_said():
     """Same machine, nothing timed."""
     with pytest.raises(EnvironmentProblem, match="baseline was not timed"):
         ratio_across(Timing(environment=HERE, ms=Estimate(12.0, (11.0, 13.0), 8)), Timing(environment=HERE))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"clock": "cpu"}, "clock cpu against wall"), ({"threads": 1}, "threads 1 against unknown")]
+)
+def test_times_by_two_clocks_are_refused(more, said):
+    """One machine, but one of the times was taken while others used it."""
+    calm = Timing(environment=HERE, ms=Estimate(10.0, (9.0, 11.0), 8))
+    crowded = Timing(environment=HERE, ms=Estimate(12.0, (11.0, 13.0), 8), **more)
+    with pytest.raises(EnvironmentProblem, match=said):
+        ratio_across(crowded, calm)

@@ -5,7 +5,7 @@ beside it. Two cases: A/A (a model against its copy) and planted (26 decoder lay
 Each is recorded with two busy processes beside it and without. Then:
 
 - replays: recorded rounds are resampled, in segments of neighbours, into trials that the shipped rule sees one round at
-  a time (metrics.latency.rounds.Watch, gates.latency_rule), until it stops or 60 s of measuring time are over. A third
+  a time (metrics.latency.rounds.Watch, gates.judge), until it stops or 60 s of measuring time are over. A third
   case is A/A with one side's times multiplied by 1.15, a slow-down of 15 % to the digit;
 - live: `measure_latency` itself under the two busy processes, then the verdict.
 
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compressor.gates.latency_rule import latency_verdict
+from compressor.gates import Policy, judge
 from compressor.metrics import describe_environment
 from compressor.metrics.bootstrap import mapped
 from compressor.metrics.latency import measure_latency, paired_ratio
@@ -67,6 +67,15 @@ MIN_ROUNDS = 5  # as measure_latency has it
 CASES = ("A/A", "planted")
 # Trials of a fixed length on which ways to centre the log ratios are compared.
 COMPARED_S = 15.0
+
+
+POLICY = Policy(decode_latency_ratio={"max": BUDGET})
+
+
+def verdict(ratio: Estimate) -> str:
+    """What the gate says of one ratio of times: pass, fail or inconclusive."""
+    report = {"steps": [{"delta": {"from_baseline": {"decode_latency_ratio": ratio.to_json()}}}]}
+    return judge(report, POLICY).checks[0].status
 
 
 def tiny_model(layers: int) -> LlamaForCausalLM:
@@ -169,7 +178,7 @@ def replay(rounds: Rounds, limit_s: float, stretch: float, seed: int) -> dict[st
 
 def outcome(ratios: dict[str, Estimate], seconds: float) -> dict[str, Any]:
     """The verdict on each figure, and on both together as a gate would have it."""
-    verdicts = {figure: latency_verdict(ratio, BUDGET) for figure, ratio in ratios.items()}
+    verdicts = {figure: verdict(ratio) for figure, ratio in ratios.items()}
     worst = max(verdicts.values(), key=("pass", "inconclusive", "fail").index)
     return {"seconds": seconds, "gate": worst, **verdicts}
 
@@ -249,7 +258,7 @@ def compared(recording: dict[str, Any], count: int) -> dict[str, dict[str, float
 
 def by_centre(values_K: np.ndarray, centre: Callable[[np.ndarray], Any]) -> str:
     logs = block_estimate(values_K, len(values_K), centre=centre)
-    return latency_verdict(mapped(logs, math.exp), BUDGET)
+    return verdict(mapped(logs, math.exp))
 
 
 def by_medians(times: Sequence[float], baseline: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ JOULES_IN_KWH = 3.6e6
 # Power is sampled once a second where there is no counter, so a shorter turn would hold a sample or none.
 SHORTEST_TURN_S = 2.0
 MISSING = "energy needs the extra `energy`: pip install 'compressor[energy]'"
-NOT_ASKED = "energy was not asked for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +48,9 @@ class Energy:
     threads: int | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in a report: null beside `<key>_reason` where there is no figure."""
-        data: dict[str, Any] = {}
-        for name in ("joules_per_token", "co2_g_per_1000_tokens", "ratio_to_baseline"):
-            figure = getattr(self, name)
-            data[name] = None if figure is None else figure.to_json()
-            if figure is None:
-                data[f"{name}_reason"] = self.reasons[name]
-        if self.country is None:
-            return data
-        return data | {"country": self.country, "sources": list(self.sources), "threads": self.threads}
-
-
-def energy_unmeasured(reason: str | None = None) -> Energy:
-    """No figures; the reason is that codecarbon is missing, or the one that is given, or that nobody asked."""
-    why = reason or codecarbon_missing() or NOT_ASKED
-    return Energy(reasons=dict.fromkeys(("joules_per_token", "co2_g_per_1000_tokens", "ratio_to_baseline"), why))
+    def figures(self) -> dict[str, Any]:
+        """As the latency section of a report holds them; the reasons of what is None are in `reasons`."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "reasons"}
 
 
 def codecarbon_missing() -> str | None:

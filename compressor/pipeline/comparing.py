@@ -1,6 +1,7 @@
 """Measure models that have no records yet, so that a gate can pair them."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from compressor.calibration import Progress
 from compressor.errors import EnvironmentProblem, RecipeError
 from compressor.metrics import BaselineStates, describe_environment
 from compressor.models import Model
-from compressor.pipeline.measuring import Measured, compare_latency, measure_model, suite_texts
+from compressor.pipeline.costs import measure_speed
+from compressor.pipeline.measuring import Measured, measure_model, suite_texts
 from compressor.pipeline.sides import Side
 from compressor.recipe import Evaluate
 
@@ -58,12 +60,20 @@ def measure_side(candidate: Side, baseline: Side, evaluate: Evaluate, progress: 
     return candidate, _with(baseline, measured)
 
 
-def time_sides(candidate: Side, baseline: Side, evaluate: Evaluate, progress: Progress | None) -> Side:
-    """The candidate with its speed, timed in turns with the baseline; as it was where a model is missing."""
+def time_sides(
+    candidate: Side, baseline: Side, evaluate: Evaluate, budgets: Mapping[str, float], progress: Progress | None
+) -> Side:
+    """The candidate with its speed, timed in turns with the baseline until the budgets are decided.
+
+    As it was where a model is missing.
+    """
     if candidate.model is None or baseline.model is None or evaluate.latency is None:
         return candidate
     assert candidate.measurement is not None
-    figures = compare_latency(candidate.load(), baseline.load(), evaluate.latency, progress)
+    model = candidate.load()
+    figures = measure_speed(
+        model, baseline.load(), evaluate.latency, files=model.path, budgets=budgets, progress=progress
+    )
     timed = replace(candidate.measurement, latency=figures)
     return replace(candidate, measurement=timed, timed_beside=baseline.name)
 

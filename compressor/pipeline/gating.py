@@ -18,16 +18,17 @@ from compressor.gates.structure import Finding, check_structure
 from compressor.gates.waivers import unused, waive
 from compressor.models import is_packed, read_config, resolve
 from compressor.pipeline.comparing import measure_side, time_sides
+from compressor.pipeline.costs import LATENCY, latency_budgets
+from compressor.pipeline.fair_speed import fair_latency, timed_together
 from compressor.pipeline.measuring import Measured
 from compressor.pipeline.sides import Side, check_same_windows, find_side, original_of, same_original
 from compressor.recipe import Evaluate, load_recipe
 from compressor.reports import Ledger, Report, pair_items
-from compressor.reports.delta import Delta, delta
+from compressor.reports.delta import delta
 from compressor.reports.measurement import section_to_json
 
 OnInconclusive = Literal["fail", "warn", "pass"]
 PAIRED = {"tasks": task_checks, "slices": slice_checks, "brier": brier_checks, "bias": bias_checks}
-LATENCY = ("decode_latency_ratio", "prefill_latency_ratio")
 # What a further baseline (the last accepted artefact) is compared in: quality. Bytes and speed are about the first.
 AGAINST_ALL = ("perplexity_ratio",)
 DAMAGED = 4  # exit code: the files do not hold a sound model, which is worse than a regression
@@ -131,8 +132,8 @@ def record_checks(candidate: Side, baseline: Side, policy: Policy, *, first: boo
     assert candidate.measurement is not None
     assert baseline.measurement is not None
     before = baseline.measurement
-    changed = delta(candidate.measurement, before, against_baseline=_timed_together(candidate, baseline))
-    changed = _fair_latency(changed, candidate, baseline)
+    changed = delta(candidate.measurement, before, against_baseline=timed_together(candidate, baseline))
+    changed = fair_latency(changed, candidate, baseline)
     document = {
         "steps": [
             {
@@ -217,33 +218,9 @@ def _compared(
         candidate, baseline = measure_side(candidate, baseline, suite, progress)
     check_same_windows(candidate, baseline)
     wants_speed = first and any(getattr(policy, name) is not None for name in LATENCY)
-    if wants_speed and not _timed_together(candidate, baseline):
-        candidate = time_sides(candidate, baseline, suite, progress)
+    if wants_speed and not timed_together(candidate, baseline):
+        candidate = time_sides(candidate, baseline, suite, latency_budgets(policy), progress)
     return record_checks(candidate, baseline, policy, first=first)
-
-
-def _timed_together(candidate: Side, baseline: Side) -> bool:
-    """Whether the candidate's figures were taken in turns with this very baseline."""
-    measured = candidate.measurement
-    return (
-        measured is not None
-        and measured.latency.ratio_to_baseline is not None
-        and candidate.timed_beside == baseline.name
-    )
-
-
-def _fair_latency(changed: Delta, candidate: Side, baseline: Side) -> Delta:
-    """Times that were not taken in turns are not compared: the machine did something else meanwhile."""
-    if _timed_together(candidate, baseline):
-        return changed
-    reason = "the two were not timed in turns on one machine; give folders that hold both models"
-    reasons = {key: text for key, text in changed.reasons.items() if not key.startswith(LATENCY)}
-    return replace(
-        changed,
-        decode_latency_ratio=None,
-        prefill_latency_ratio=None,
-        reasons=reasons | dict.fromkeys(LATENCY, reason),
-    )
 
 
 def _nothing_to_pair(name: str, candidate: Side) -> Check:

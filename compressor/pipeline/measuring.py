@@ -1,11 +1,10 @@
 """What is measured of a model, once or before and after each pass of a run; a resumed run gets it back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,19 +19,17 @@ from compressor.metrics import (
     TextSet,
     measure_accuracy,
     measure_baseline,
-    measure_latency,
     measure_memory,
     measure_routing,
     window_bytes,
 )
 from compressor.models import Model
+from compressor.pipeline.costs import add_peaks, measure_speed
 from compressor.pipeline.suite import Evidence, SuiteResult, measure_suite
 from compressor.recipe import Evaluate, Latency
 from compressor.reports import Accuracy, LayerRouting, Measurement
 from compressor.reports import Latency as LatencyFigures
 
-# Share of the memory that is free which two live models may take before the speed comparison is left out.
-LIVE_SHARE = 0.6
 LATER = "measured only at the end (evaluate.when)"
 
 
@@ -115,12 +112,14 @@ def measure_model(
     beside: Callable[[], Model] | None = None,
     files: Path | None = None,
     full: bool = True,
+    budgets: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """Measure a model by a suite; `full=False` takes memory alone.
 
     A baseline leaves its last hidden states in `keep`; a later model is compared with them (`states`) and with
-    `baseline`, and timed in turns with `beside`.
+    `baseline`, and timed in turns with `beside`, until the ratios in `budgets` are decided. `files` is the model on
+    disk.
     """
     accuracy, latency = Accuracy(reasons={"perplexity": LATER}), LatencyFigures(reasons={"prefill_ms": LATER})
     routing: tuple[LayerRouting, ...] | None = None
@@ -137,11 +136,14 @@ def measure_model(
             suite = measure_suite(model, evaluate, before, texts=result.by_window(), progress=progress)
             reasons = {**accuracy.reasons, **suite.task_reasons}
             accuracy = replace(accuracy, tasks=suite.tasks, reasons=reasons)
-            latency = _latency(model, evaluate.latency, beside, progress)
+            latency = _latency(model, evaluate.latency, beside, files, budgets, progress)
             routing, reason = _routing(model, counts, baseline)
+    memory = measure_memory(model, files=files, peak=peak)
+    if full and evaluate.latency is not None and evaluate.latency.loading:
+        memory = add_peaks(memory, files, evaluate.latency)
     measurement = Measurement(
         accuracy=accuracy,
-        memory=measure_memory(model, files=files, peak=peak),
+        memory=memory,
         latency=latency,
         routing=routing,
         routing_reason=reason,
@@ -166,6 +168,7 @@ class Measuring:
     journal: Journal
     source: Callable[[], Model]  # the baseline, loaded anew
     progress: Progress | None = None
+    budgets: Mapping[str, float] | None = None
     baseline: Measured | None = None
 
     def __call__(self, model: Model, step: int, *, files: Path | None = None, full: bool = True) -> Measured:
@@ -183,6 +186,7 @@ class Measuring:
                 beside=None if first else self.source,
                 files=files,
                 full=full,
+                budgets=self.budgets,
                 progress=self.progress,
             )
             entry = self.journal.append("measured", step=step, **measured.to_json())
@@ -208,11 +212,17 @@ def _accuracy(
 
 
 def _latency(
-    model: Model, wanted: Latency | None, beside: Callable[[], Model] | None, progress: Progress | None
+    model: Model,
+    wanted: Latency | None,
+    beside: Callable[[], Model] | None,
+    files: Path | None,
+    budgets: Mapping[str, float] | None,
+    progress: Progress | None,
 ) -> LatencyFigures:
     if wanted is None:
         return LatencyFigures(reasons={"prefill_ms": "not asked for"})
-    return compare_latency(model, beside() if beside else None, wanted, progress)
+    baseline = beside() if beside else None
+    return measure_speed(model, baseline, wanted, files=files, budgets=budgets, progress=progress)
 
 
 def _counts(model: Model) -> RoutingCounts | None:
@@ -229,23 +239,3 @@ def _routing(
         return measure_routing(counts.tokens).section(), None
     kept = model.state.kept_experts or None
     return measure_routing(counts.tokens, baseline.routing_tokens, kept=kept).section(), None
-
-
-def compare_latency(model: Model, baseline: Model | None, wanted: Latency, progress: Progress | None) -> LatencyFigures:
-    """Speed of a model, beside the baseline in the same process; left out, with the reason, where both do not fit."""
-    needed = model.weight_bytes() + (baseline.weight_bytes() if baseline else 0)
-    free = psutil.virtual_memory().available
-    if needed > LIVE_SHARE * free:
-        return LatencyFigures(reasons={"prefill_ms": f"the weights take {needed:,} bytes in memory, {free:,} are free"})
-    if progress is not None:
-        progress("measuring speed", 0, 1)
-    options = {"batch_sizes": wanted.batch, "prompt": wanted.prompt, "generate": wanted.generate}
-    with model.live() as live:
-        if baseline is None:
-            figures = measure_latency(live, **options)  # type: ignore[arg-type]
-        else:
-            with baseline.live() as dense:
-                figures = measure_latency(live, baseline=dense, **options)  # type: ignore[arg-type]
-    if progress is not None:
-        progress("measuring speed", 1, 1)
-    return figures

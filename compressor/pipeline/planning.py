@@ -14,6 +14,7 @@ import torch
 from compressor.calibration import DEMO_TEXT, load_texts
 from compressor.errors import EnvironmentProblem, RecipeError, UnsupportedModel
 from compressor.exporters.sizes import exported_bytes
+from compressor.metrics.energy import codecarbon_missing
 from compressor.models import DEMO_MODELS, Model, load_model
 from compressor.passes import PASSES
 from compressor.pipeline.folder import text_digests
@@ -85,6 +86,9 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
     """Plan every pass on the model's empty skeleton, which is used up; raises at once what the run would raise."""
     _check_order(recipe)
     text_digests(recipe)  # a missing text is an error now, not after an hour
+    latency = recipe.evaluate.latency
+    if latency is not None and latency.energy is not None and (missing := codecarbon_missing()):
+        raise EnvironmentProblem(f"evaluate.latency.energy: {missing}")
     parameters, source_bytes = model.num_parameters(), _source_bytes(model)
     largest = _largest_block(model)
     flops, seconds, passes, notes = 0.0, 0.0, [], _notes(recipe, model)

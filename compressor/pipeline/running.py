@@ -17,6 +17,7 @@ from compressor.exporters import compare_reloaded, export_safetensors, model_car
 from compressor.metrics import PeakMemory, describe_environment
 from compressor.models import Model, load_model
 from compressor.passes import PASSES, Context
+from compressor.pipeline.costs import latency_budgets
 from compressor.pipeline.folder import RunFolder, claimed, default_out, journal_key, text_digests
 from compressor.pipeline.gating import gate_run
 from compressor.pipeline.measuring import Measured, Measuring, suite_texts
@@ -67,7 +68,8 @@ def run(
             return RunResult(Report.load(out / "report.json"), out, finished["exit_code"])
         evaluate = recipe.evaluate
         texts = suite_texts(evaluate, model.tokenizer)
-        measure = Measuring(evaluate, texts, folder.work / "baseline", folder.journal, source, progress)
+        budgets = latency_budgets(recipe.gate)
+        measure = Measuring(evaluate, texts, folder.work / "baseline", folder.journal, source, progress, budgets)
         before = after = measure(model, -1, files=model.path)
         report = Report.start(recipe.sha256, describe_environment(), plan.to_json(), recipe.model, before.measurement)
         _write_items(out, "baseline", before)

@@ -41,6 +41,12 @@ class Latency(Options):
     batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
     prompt: PositiveInt = Field(128, description="Tokens in each prompt.")
     generate: PositiveInt = Field(32, description="Tokens generated after the prompt.")
+    loading: bool = Field(False, description="Also the time to load the files, and the peak memory of a fresh process.")
+    energy: str | None = Field(
+        None,
+        pattern="^[A-Z]{3}$",
+        description="Joules and CO2 a token, by codecarbon; the grid's country, such as DEU.",
+    )
 
 
 def _off(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The report as a person reads it: verdict first, then what each step changed, then everything out of the ordinary."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from compressor.reports.estimate import Estimate
 from compressor.reports.ledger import ExpertRow, Ledger, LedgerRow
@@ -72,7 +73,29 @@ def cost_table(report: Report) -> str:
         ratios = (change.prefill_latency_ratio if change else None) or {}
         row += [_with_ratio((latency.prefill_ms or {}).get(batch), ratios.get(batch)) for batch in prefill]
         rows.append(row)
-    return _table(header, rows) + _unmeasured(report)
+    return _table(header, rows) + _deployment_table(report) + _unmeasured(report)
+
+
+def _deployment_table(report: Report) -> str:
+    """What loading and energy cost, where somebody asked (evaluate.latency.loading, .energy); else nothing."""
+    rows = []
+    for label, measurement, _ in _rows(report):
+        memory: Mapping[str, Any] = measurement.memory.extra
+        latency: Mapping[str, Any] = measurement.latency.extra
+        energy = latency.get("energy") or {}
+        if latency.get("load_s") is None and not energy:
+            continue
+        rows.append([
+            label,
+            _with_ratio(latency.get("load_s"), latency.get("load_ratio_to_baseline")),
+            megabytes(memory.get("loading_peak_bytes")),
+            megabytes(memory.get("generating_peak_bytes")),
+            _with_ratio(energy.get("joules_per_token"), energy.get("ratio_to_baseline")),
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    header = ["step", "load, s", "peak of loading", "peak of generating", "joules a token"]
+    return "\n\n" + _table(header, rows)
 
 
 def estimate_text(estimate: Estimate | None) -> str:

@@ -55,11 +55,17 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("bits_per_weight", "Bits a weight"),
         Figure("kv_bytes_per_token", "Cache, bytes a token"),
         Figure("peak_bytes", "Peak memory", None, megabytes),
+        Figure("loading_peak_bytes", "Peak of loading the files, in a fresh process", None, megabytes),
+        Figure("generating_peak_bytes", "Peak of generating, in a fresh process", None, megabytes),
     ),
     "latency": (
         Figure("decode_ms_per_token", "Decode, ms a token, batch {}", "decode_latency_ratio"),
         Figure("prefill_ms", "Prefill, ms, batch {}", "prefill_latency_ratio"),
         Figure("tokens_per_s", "Tokens a second, batch {}"),
+        Figure("ttft_ms", "To the first token, ms, batch {}"),
+        Figure("load_s", "From the files to the first token, s"),
+        Figure("load_ratio_to_baseline", "The same, × the baseline's in turns"),
+        Figure("energy", "Energy: {}"),
     ),
 }
 BEHAVIOUR = {

@@ -50,6 +50,7 @@ from compressor.metrics.latency.rounds import (
     TTFT,
     Patience,
     Rounds,
+    Shape,
     Watch,
     decoding_step_ms,
     take_rounds,
@@ -124,6 +125,16 @@ def as_json(recording: dict[str, Any]) -> dict[str, Any]:
         for figure, sides in by_figure.items():
             by_figure[figure] = [[round(ms, 3) for ms in times] for times in sides]
     return recording | {"rounds": plain}
+
+
+def from_json(recording: dict[str, Any]) -> dict[str, Any]:
+    """What `as_json` gives, read back."""
+    plain = recording["rounds"]
+    times = {
+        clock: {figure: tuple(map(list, sides)) for figure, sides in figures.items()}
+        for clock, figures in plain["times"].items()
+    }
+    return recording | {"rounds": Rounds(Shape(**plain["shape"]), plain["clock"], times)}
 
 
 def described(recording: dict[str, Any]) -> dict[str, Any]:
@@ -299,17 +310,23 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=2000, help="replays of each recording")
     parser.add_argument("--record", type=float, default=120.0, help="seconds of each recording under load")
     parser.add_argument("--smoke", action="store_true", help="see that all of it runs; no figures worth keeping")
+    parser.add_argument("--again", type=Path, help="replay the recordings of this result, and keep its live trials")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.smoke:
         options.trials, options.seconds, options.replays, options.record = 2, 10.0, 40, 15.0
+    begun, environment = time.perf_counter(), describe_environment()
+    earlier = json.loads(options.again.read_text()) if options.again else None
     baseline = tiny_model(LAYERS)
     models = {"baseline": baseline, "A/A": copy.deepcopy(baseline), "planted": tiny_model(LAYERS + MORE_LAYERS)}
-    begun, environment = time.perf_counter(), describe_environment()
     recordings = {}
     for load, seconds in ((0, options.record / 2), (2, options.record)):
         for case in CASES:
-            recordings[f"{case}, {load} busy processes"] = record((models[case], baseline), load, seconds)
+            name = f"{case}, {load} busy processes"
+            if earlier:
+                recordings[name] = from_json(earlier["recordings"][name])
+            else:
+                recordings[name] = record((models[case], baseline), load, seconds)
     result: dict[str, Any] = {
         "budget": BUDGET,
         "limit_s": options.seconds,
@@ -322,6 +339,10 @@ def main() -> int:
         result["replayed"][name] = shares(replays(recording, options.replays, options.seconds))
         print(f"replayed {name}: {result['replayed'][name]['gate']}", flush=True)
         result["compared"][name] = compared(recording, max(20, options.replays // 5))
+    if earlier:
+        kept = ("live", "minutes", "environment", "environment_after", "live_trials", "recordings")
+        write(result | {key: earlier[key] for key in kept} | {"again": options.again.name}, options.out)
+        return 0 if met(result | {"live": earlier["live"]}) else 1
     outcomes = live(models, options.trials, options.seconds)
     result["live"] = {case: shares(rows) for case, rows in outcomes.items()}
     result |= {"minutes": round((time.perf_counter() - begun) / 60, 1), "environment": environment}
@@ -359,7 +380,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{cpu['logical_cores']} cores, torch {result['environment']['versions']['torch']}. Load average before "
         f"{cpu['load_average'][0]:.1f}, after {result['environment_after']['load_average'][0]:.1f}. "
         f"Budget {result['budget']}, at most {result['limit_s']:g} s a trial. The gate fails if decoding or prefill "
-        f"does. Aims: A/A fails <= 1 %, planted fails >= 90 %: {'met' if met(result) else 'NOT met'}.",
+        f"does. Aims: A/A fails <= 1 %, planted fails >= 90 %: {'met' if met(result) else 'NOT met'}."
+        + (" Replayed again from its recordings with the present rule (`--again`)." if result.get("again") else ""),
         "",
         "| trials | case | n | gate fails [95 %] | passes | decoding fails | prefill fails | median s | longest s |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -6,10 +6,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 257  # the 256 bytes and <eos>
 EOS = 256
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.15,
+    "eos_token_id": EOS, "pad_token_id": EOS, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -22,25 +27,49 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
+MOE = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+# What each family needs beside COMMON; names are transformers' model types
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"intermediate_size": 128},
+    "gemma2": {
+        "intermediate_size": 128, "sliding_window": 8, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "intermediate_size": 128, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "llama": {"intermediate_size": 128},
+    "mistral": {"intermediate_size": 128, "sliding_window": None},
+    "mixtral": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": MOE | {"intermediate_size": 32, "num_experts": 8, "clip_qkv": 1.0},
+    "phi3": {"intermediate_size": 128},
+    "qwen2": {"intermediate_size": 128},
+    "qwen2_moe": MOE | {
+        "intermediate_size": 128, "num_experts": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96,
+    },
+    "qwen3": {"intermediate_size": 128},
+    "qwen3_moe": MOE | {"intermediate_size": 128, "num_experts": 8, "moe_intermediate_size": 32},
+}  # fmt: skip
+
+
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> Any:
-    """A `llama` or `qwen3_moe` of two layers, hidden width 64; weights large enough that layers and routing matter."""
-    common = {
-        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.15,
-        "eos_token_id": EOS, "pad_token_id": EOS, "tie_word_embeddings": False,
-    }  # fmt: skip
+    """Two layers of a family in FAMILIES, hidden width 64; weights large enough that layers and routing matter."""
     torch.manual_seed(seed)
-    if family == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**common | {"intermediate_size": 128} | settings))
-    else:
-        experts = {
-            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 128,
-            "norm_topk_prob": True,
-        }  # fmt: skip
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common | experts | settings))
+    config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | settings)
+    model: Any = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # not model.to(): rotary frequencies are float32 in a bfloat16 model
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def rough_vectors(model: Any) -> Any:
+    """The model with norms and biases that are not the ones and zeros that they start as."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = (parameter.float() + noise).to(parameter.dtype)
+    return model
 
 
 def save_tiny(

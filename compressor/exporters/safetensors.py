@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.checkpoint import ShardWriter, write_json
 from compressor.layers import PackedWeight
-from compressor.models import Block, Model, disk_names
+from compressor.models import Block, ExpertStack, Model, disk_names
 from compressor.quant import QuantizedTensor, QuantSpec, pack_codes
 
 # Files that travel with the weights, byte for byte, where the source has them
@@ -78,7 +78,7 @@ def export_config(model: Model, schemes: dict[str, QuantSpec], dense: list[str])
         config |= {key: getattr(model.config, model.family.expert_counts[0]) for key in model.family.expert_counts}
     config.pop("quantization_config", None)
     if schemes:
-        config["quantization_config"] = quantization_config(schemes, dense, model.family.experts)
+        config["quantization_config"] = quantization_config(schemes, dense, model.family.experts_on_disk)
     return config
 
 
@@ -145,11 +145,13 @@ def _block_tensors(
             dense.append(site.name)
     stack = block.experts
     if stack and stack.is_packed:
-        yield from _packed_experts(stack.name, stack.module.gate_up, stack.module.down, model, schemes)
+        yield from _packed_experts(stack, schemes)
     elif stack:
-        dense.append(f"re:.*{stack.path.replace('.', chr(92) + '.')}\\..*")
+        dense.append(f"re:.*{model.family.experts_on_disk.replace('.', chr(92) + '.')}\\..*")
     if stack:
-        dense.append(f"{block.name}.{stack.router_path}")
+        dense.append(stack.router_disk_name)
+        if stack.shared_gate_path:
+            dense.append(f"{block.name}.{stack.shared_gate_path}")
     parameters = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
     yield from disk_names(model.skeleton, parameters).items()
     if block.index == 0:
@@ -161,11 +163,10 @@ def _packed_site(name: str, packed: PackedWeight, schemes: dict[str, QuantSpec])
     yield from packed_tensors(name, packed.quantized()).items()
 
 
-def _packed_experts(
-    name: str, gate_up: PackedWeight, down: PackedWeight, model: Model, schemes: dict[str, QuantSpec]
-) -> Iterator[tuple[str, Tensor]]:
+def _packed_experts(stack: ExpertStack, schemes: dict[str, QuantSpec]) -> Iterator[tuple[str, Tensor]]:
     """Stacked experts come apart: gate, up and down of each expert under a name of its own."""
-    gate_name, up_name, down_name = model.family.expert_names
+    name, gate_up, down = stack.disk_name, stack.module.gate_up, stack.module.down
+    gate_name, up_name, down_name = stack.expert_names
     both, downs = gate_up.quantized(), down.quantized()
     half = gate_up.shape[1] // 2
     for expert in range(gate_up.shape[0]):

@@ -3,7 +3,7 @@
 from compressor.models.anatomy import Block, ExpertStack, WeightSite, dequantized, in_float32
 from compressor.models.demo import DEMO_MODELS, demo_task, demo_texts
 from compressor.models.families import FAMILIES
-from compressor.models.loading import load_model, resolve, wrap_live
+from compressor.models.loading import load_model, load_tokenizer, resolve, wrap_live
 from compressor.models.model import Head, Model, Source
 from compressor.models.observation import Routed, observe_experts
 from compressor.models.packed_source import is_packed
@@ -26,6 +26,7 @@ __all__ = [
     "in_float32",
     "is_packed",
     "load_model",
+    "load_tokenizer",
     "observe_experts",
     "read_config",
     "resolve",

@@ -61,11 +61,19 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """All experts of a layer: `gate_up [E, 2F, H]` and `down [E, H, F]`, and the router that chooses among them."""
+    """All experts of a layer: `gate_up [E, 2F, H]` and `down [E, H, F]`, and the router that chooses among them.
+
+    Beside them there may be a shared expert, whose linears are sites of the block, and its gate, which stays dense.
+    """
 
     name: str  # full: "model.layers.3.mlp.experts"
     path: str
     router_path: str
+    shared_path: str | None  # "mlp.shared_expert"
+    shared_gate_path: str | None
+    disk_name: str  # full, in a checkpoint: "model.layers.3.block_sparse_moe.experts"
+    router_disk_name: str
+    expert_names: tuple[str, str, str]  # of gate, up and down of one expert in a checkpoint
     block: nn.Module
 
     @property
@@ -79,6 +87,16 @@ class ExpertStack:
     @property
     def num_experts(self) -> int:
         return self.module.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that each token goes to."""
+        return self.router.top_k
+
+    @property
+    def normalises_gates(self) -> bool:
+        """Whether the gates of a token's experts are divided by their sum; a router without a switch always does it."""
+        return getattr(self.router, "norm_topk_prob", True)
 
     @property
     def is_packed(self) -> bool:
@@ -157,12 +175,17 @@ class Block:
 
 
 def find_block(index: int, name: str, module: nn.Module, family: Family) -> Block:
-    """Read a block's anatomy off its modules: every linear is a site, stacked experts are recognised by their class."""
+    """Read a block's anatomy off its modules: every linear is a site, but for those that choose among experts.
+
+    Stacked experts are recognised by the flags on their class.
+    """
     experts = _find_experts(name, module, family)
     inside_experts = f"{family.experts}."
     sites = []
     for path, child in module.named_modules():
         if not isinstance(child, nn.Linear | PackedLinear) or (experts and path.startswith(inside_experts)):
+            continue
+        if path in (family.router, family.shared_gate):
             continue
         shared = next((group for group in family.shared_inputs if path in group), (path,))
         sites.append(WeightSite(f"{name}.{path}", path, "+".join(shared), module))
@@ -174,7 +197,18 @@ def _find_experts(name: str, module: nn.Module, family: Family) -> ExpertStack |
         experts: Any = module.get_submodule(family.experts)
     except AttributeError:
         return None
-    stack = ExpertStack(f"{name}.{family.experts}", family.experts, family.router, module)
+    children = {path for path, _ in module.named_modules()}
+    stack = ExpertStack(
+        name=f"{name}.{family.experts}",
+        path=family.experts,
+        router_path=family.router,
+        shared_path=family.shared_expert if family.shared_expert in children else None,
+        shared_gate_path=family.shared_gate if family.shared_gate in children else None,
+        disk_name=f"{name}.{family.experts_on_disk}",
+        router_disk_name=f"{name}.{family.router_on_disk}",
+        expert_names=family.expert_names,
+        block=module,
+    )
     if isinstance(experts, PackedExperts):
         return stack
     # The flags that `use_experts_implementation` puts on the class decide, not the family's name

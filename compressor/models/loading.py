@@ -14,7 +14,7 @@ from compressor.models.families import family_of
 from compressor.models.gguf_source import dense_folder
 from compressor.models.model import Model, Source
 from compressor.models.packed_source import is_packed
-from compressor.models.transformers_io import build_skeleton, read_config
+from compressor.models.transformers_io import build_skeleton, exact_embedding_scale, read_config
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -40,7 +40,9 @@ def wrap_live(module: nn.Module, tokenizer: Any = None) -> Model:
     """A transformers model in memory as a Model: passes change it in place."""
     config: Any = module.config
     name = getattr(config, "_name_or_path", "") or type(module).__name__
-    return Model(Source(name, Path(name)), module, tokenizer, family_of(config.model_type, name), reader=None)
+    family = family_of(config.model_type, name)
+    exact_embedding_scale(module, family)
+    return Model(Source(name, Path(name)), module, tokenizer, family, reader=None)
 
 
 def resolve(name: str) -> Source:

@@ -21,6 +21,7 @@ from compressor.layers import CANONICAL, CPU, PackedWeight, packed_weights, rela
 from compressor.models import packed_source
 from compressor.models.anatomy import Block, dequantized, find_block
 from compressor.models.families import Family
+from compressor.models.layer_arguments import layer_arguments
 from compressor.models.transformers_io import build_skeleton, load_tensors, missing_weights
 from compressor.quant import QuantSpec
 
@@ -55,10 +56,13 @@ class State:
 
 
 class Head:
-    """Final norm and output projection in float32 arithmetic (design decision 8); a copy, to outlive training."""
+    """Final norm and output projection in float32 arithmetic (design decision 8); a copy, to outlive training.
 
-    def __init__(self, norm: nn.Module, projection: nn.Module):
-        self.norm = copy.deepcopy(norm)
+    `softcap`: logits are bent to stay below it, `softcap · tanh(logits / softcap)` (Gemma 2).
+    """
+
+    def __init__(self, norm: nn.Module, projection: nn.Module, softcap: float | None = None):
+        self.norm, self.softcap = copy.deepcopy(norm), softcap
         self.weight_VD = projection.weight.detach().clone()  # type: ignore[operator]
         bias = getattr(projection, "bias", None)
         self.bias_V = None if bias is None else bias.detach().float()
@@ -70,7 +74,9 @@ class Head:
         # The weight is widened a slice at a time: a float32 copy of a large vocabulary would be the biggest tensor held
         parts = [nn.functional.linear(normed, part.float()) for part in self.weight_VD.split(8192)]
         logits = torch.cat(parts, dim=-1)
-        return logits if self.bias_V is None else logits + self.bias_V
+        if self.bias_V is not None:
+            logits += self.bias_V
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class Model:
@@ -172,29 +178,14 @@ class Model:
     @torch.no_grad()
     def run_block(self, block: Block, hidden_NTD: Tensor) -> Tensor:
         """Output of one block for full windows (causal, no padding)."""
-        positions = torch.arange(hidden_NTD.shape[1], device=hidden_NTD.device).unsqueeze(0)
-        rotary = self.skeleton.get_submodule(self.family.rotary)
-        result = block.module(
-            hidden_NTD,
-            attention_mask=self._causal_mask(hidden_NTD, positions),
-            position_ids=positions,
-            position_embeddings=rotary(hidden_NTD, position_ids=positions),
-            use_cache=False,
-        )
+        given = layer_arguments(self.skeleton.base_model, self.blocks, block.index, hidden_NTD)
+        result = block.module(hidden_NTD, **given)
         return result[0] if isinstance(result, tuple) else result
 
     def head(self) -> Head:
         """Final norm and output projection, copied."""
-        projection = self.skeleton.get_submodule(self.family.head)
-        return Head(self.skeleton.get_submodule(self.family.norm), projection)
-
-    def _causal_mask(self, hidden_NTD: Tensor, positions: Tensor) -> Any:
-        from transformers.masking_utils import create_causal_mask
-
-        return create_causal_mask(
-            config=self.config, inputs_embeds=hidden_NTD, attention_mask=None, past_key_values=None,
-            position_ids=positions,
-        )  # fmt: skip
+        norm, projection = (self.skeleton.get_submodule(path) for path in (self.family.norm, self.family.head))
+        return Head(norm, projection, getattr(self.config, "final_logit_softcapping", None))
 
     # -- bringing blocks in and out ---------------------------------------------------------------------------------
 

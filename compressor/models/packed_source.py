@@ -47,10 +47,10 @@ def install(block: Block, tensors: dict[str, Tensor], *, channel: bool) -> dict[
             weight = _take([_parts(left, site.name)], channel)[0]
             install_site(site, weight, left.pop(f"{site.name}.bias", None))
     stack = block.experts
-    if stack and any(key.startswith(f"{stack.name}.") and key.endswith("weight_packed") for key in left):
+    if stack and any(key.startswith(f"{stack.disk_name}.") and key.endswith("weight_packed") for key in left):
         gates, ups, downs = (
-            [_parts(left, f"{stack.name}.{expert}.{name}") for expert in range(stack.num_experts)]
-            for name in ("gate_proj", "up_proj", "down_proj")
+            [_parts(left, f"{stack.disk_name}.{expert}.{name}") for expert in range(stack.num_experts)]
+            for name in stack.expert_names
         )
         both = [
             {name: torch.cat([gate[name], up[name]]) if name != "shape" else gate[name] + up[name] * torch.tensor([1,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
@@ -35,13 +35,30 @@ def read_config(folder: Path) -> Any:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, family: Family) -> PreTrainedModel:
-    """The model's modules with weights on the meta device; rotary buffers, which no checkpoint holds, are real."""
+    """The model's modules with weights on the meta device; buffers, which no checkpoint holds, are real."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    attention = "sdpa" if architecture._supports_sdpa else "eager"  # as stock chooses; Gemma 2 caps attention's scores
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     rotary = skeleton.get_submodule(family.rotary)
     skeleton.set_submodule(family.rotary, type(rotary)(config=config))
+    exact_embedding_scale(skeleton, family)
+    absent = [name for name, buffer in skeleton.named_buffers() if buffer.is_meta]
+    assert not absent, f"{config.model_type}: nothing fills the buffers {absent}"
     skeleton.requires_grad_(False)
     return skeleton.eval()
+
+
+def exact_embedding_scale(skeleton: nn.Module, family: Family) -> None:
+    """The factor of Gemma's embedding in float32, also in a bfloat16 model.
+
+    Its forward rounds it to the weight's dtype in any case. Stored in bfloat16 it would stay rounded (55.5 in place of
+    sqrt(3072) = 55.43) where exact arithmetic widens the model, and differ from the same model loaded in float32.
+    """
+    embedding: Any = skeleton.get_submodule(family.embedding)
+    if hasattr(embedding, "scalar_embed_scale"):
+        device = "cpu" if embedding.embed_scale.is_meta else embedding.embed_scale.device
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
 
 
 def load_tensors(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> set[str]:

@@ -91,10 +91,11 @@ def kept_rows(block: Block, treated: set[str], otherwise: str = "ignored") -> li
         full = f"{block.name}.{name}"
         if full.removesuffix(".weight") in treated or full in treated:
             continue
-        router = block.experts and name.startswith(f"{block.experts.router_path}.")
-        reason = (
-            "router" if router else ("bias" if name.endswith("bias") else "norm" if parameter.dim() == 1 else otherwise)
-        )
+        stack, path = block.experts, name.rpartition(".")[0]
+        if stack and path in (stack.router_path, stack.shared_gate_path):
+            reason = "router" if path == stack.router_path else "gate of the shared expert"
+        else:
+            reason = "bias" if name.endswith("bias") else "norm" if parameter.dim() == 1 else otherwise
         rows.append(_kept(full, reason, parameter))
     return rows
 

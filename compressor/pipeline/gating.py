@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compressor.calibration import Progress
+from torch import Tensor
+
+from compressor.calibration import DEMO_TEXT, Progress, load_texts, windows
 from compressor.errors import EnvironmentProblem, IntegrityError, RecipeError
 from compressor.gates import Check, Policy, Verdict, limit_checks, verdict_of
 from compressor.gates.faults import self_test
 from compressor.gates.paired import bias_checks, brier_checks, slice_checks, task_checks
-from compressor.gates.structure import Finding, check_structure
+from compressor.gates.structure import Finding, check_structure, smoke
 from compressor.gates.waivers import unused, waive
-from compressor.models import is_packed, read_config, resolve
+from compressor.models import is_packed, load_tokenizer, read_config, resolve
 from compressor.pipeline.comparing import measure_side, time_sides
 from compressor.pipeline.costs import LATENCY, latency_budgets
 from compressor.pipeline.fair_speed import fair_latency, timed_together
@@ -31,6 +33,7 @@ OnInconclusive = Literal["fail", "warn", "pass"]
 PAIRED = {"tasks": task_checks, "slices": slice_checks, "brier": brier_checks, "bias": bias_checks}
 # What a further baseline (the last accepted artefact) is compared in: quality. Bytes and speed are about the first.
 AGAINST_ALL = ("perplexity_ratio",)
+SMOKE_WINDOWS, SMOKE_LENGTH = 2, 64
 DAMAGED = 4  # exit code: the files do not hold a sound model, which is worse than a regression
 
 
@@ -153,13 +156,18 @@ def record_checks(candidate: Side, baseline: Side, policy: Policy, *, first: boo
 
 
 def structure_checks(candidate: Side, baselines: Sequence[Side]) -> list[Check]:
-    """What the candidate's files hold, read anew, beside the weights that they came from where those are here."""
+    """What the candidate's files hold, read anew, beside the weights that they came from where those are here.
+
+    Where the rules hold, one short forward of both models follows: finite numbers, predictions that are still alike.
+    """
     folder = candidate.folder
     if folder is None:
         text = f"{candidate.name}: no weights here, so the files were not looked into"
         return [Check("structure", None, None, None, "skipped", text, group="structure", rule="structure.files")]
     original = _original_folder([*baselines, *_sources(candidate)])
     findings = check_structure(folder, original, ledgers=_as_json(candidate.ledgers))
+    if original is not None and not any(finding.status == "fail" for finding in findings):
+        findings += smoke(folder, original, _smoke_windows(folder))
     return [_finding_check(finding) for finding in findings]
 
 
@@ -229,7 +237,16 @@ def _nothing_to_pair(name: str, candidate: Side) -> Check:
     return Check(name, None, None, None, "unmeasured", text, group="tasks", rule=f"{name}.*")
 
 
+def _smoke_windows(folder: Path) -> Tensor:
+    """A few token windows of bundled text."""
+    text = next(iter(load_texts(DEMO_TEXT, "held_out").values()))
+    return windows(text, load_tokenizer(folder), SMOKE_LENGTH, SMOKE_WINDOWS)
+
+
 def _finding_check(finding: Finding) -> Check:
+    """Sound files may hold a model that is much worse: that is a regression, not damage."""
+    worse = finding.rule == "smoke.kl" and finding.status == "fail"
+    group: Any = "fidelity" if worse else "structure"
     return Check(
         metric="structure",
         value=None,
@@ -237,7 +254,7 @@ def _finding_check(finding: Finding) -> Check:
         limit=None,
         status=finding.status,
         text=f"{finding.rule}: {finding.text}",
-        group="structure",
+        group=group,
         rule=f"structure.{finding.rule}",
         where=finding.where,
     )

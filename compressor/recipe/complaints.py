@@ -37,7 +37,8 @@ def _sentence(
     details: Sequence[ErrorDetails], within: Address, options: type[BaseModel], data: Any, address: Address
 ) -> str:
     kind, owner = details[0]["type"], next(iter(_options_at(options, within[:-1], data)), None)
-    section = dotted((*address, *within[:-1])) or "the recipe"
+    whole_file = "the policy" if options.__name__ == "Policy" else "the recipe"
+    section = dotted((*address, *within[:-1])) or whole_file
     if kind == "extra_forbidden" and owner is not None:
         key = within[-1]
         if key in getattr(owner, "NOT_YET", ()):
@@ -45,7 +46,7 @@ def _sentence(
         return f"{section} has no option {key!r}{nearest(key, owner.model_fields)}{takes(owner.model_fields)}"
     if kind == "missing":
         return f"{section} needs {within[-1]!r}"
-    whole = dotted((*address, *within)) or "the recipe"
+    whole = dotted((*address, *within)) or whole_file
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = details[0]["ctx"]["discriminator"].strip("'")
         possible = [str(option.model_fields[tag].default) for option in _options_at(options, within, data)]

@@ -80,7 +80,7 @@ class Artefact:
 
     def packed_sites(self) -> list[str]:
         """Packed linear layers that are no experts."""
-        names = [name for name in self.packed() if f".{self.family.experts}." not in name]
+        names = [name for name in self.packed() if f".{self.family.experts_on_disk}." not in name]
         if not names:
             raise DoesNotApply("only experts are packed in this artefact")
         return names
@@ -88,7 +88,7 @@ class Artefact:
     def experts(self, k: int | None = None) -> dict[int, dict[int, list[str]]]:
         """Linear layers of experts: block -> expert -> names; DoesNotApply for a dense model."""
         found: dict[int, dict[int, list[str]]] = {}
-        marker = f".{self.family.experts}."
+        marker = f".{self.family.experts_on_disk}."
         linears = {name.rpartition(".weight")[0] for name in self.names() if marker in name}
         for name in sorted(linears):
             block, rest = name.split(marker)
@@ -98,7 +98,7 @@ class Artefact:
         return found
 
     def router(self, k: int) -> str:
-        name = f"{self.block(k)}.{self.family.router}.weight"
+        name = f"{self.block(k)}.{self.family.router_on_disk}.weight"
         if name not in self.files:
             raise DoesNotApply("the model has no router")
         return name

@@ -119,7 +119,7 @@ def randomised(artefact: Artefact, random: Random) -> Injected:
 def lost(artefact: Artefact, random: Random) -> Injected:
     """All experts of a block are missing from the files."""
     block = random.choice(sorted(artefact.experts()))
-    prefix = f"{artefact.block(block)}.{artefact.family.experts}"
+    prefix = f"{artefact.block(block)}.{artefact.family.experts_on_disk}"
     artefact.write({name: None for name in artefact.names(f"{prefix}.")})
     return Injected(f"removed {prefix}", (prefix,))
 

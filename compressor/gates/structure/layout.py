@@ -91,21 +91,23 @@ def _block_linears(k: int, module: nn.Module, family: Family, shapes: Mapping[st
     linears = [
         Linear(site.name, _two(shapes[f"{site.name}.weight"]), "site", k, f"{k}:{site.reads}", site.name, site.path)
         for site in block.sites
-        if site.path != family.router
     ]
     stack = block.experts
     if stack is None:
         return linears
-    *_, down = family.expert_names
+    *_, down = stack.expert_names
     for expert in range(stack.num_experts):
-        for part in family.expert_names:
-            name = f"{stack.name}.{expert}.{part}"
+        for part in stack.expert_names:
+            name = f"{stack.disk_name}.{expert}.{part}"
             ledger = f"{stack.name}.{'down_proj' if part == down else 'gate_up_proj'}"
             shape = _two(shapes[f"{name}.weight"])
             linears.append(Linear(name, shape, "expert", k, "experts", ledger, f"{stack.path}.{part}", expert))
-    router = f"{block.name}.{stack.router_path}"
+    if stack.shared_gate_path:
+        gate = f"{block.name}.{stack.shared_gate_path}"
+        linears.append(Linear(gate, _two(shapes[f"{gate}.weight"]), "site", k, gate, gate, stack.shared_gate_path))
+    router, ledger = stack.router_disk_name, f"{block.name}.{stack.router_path}"
     shape = _two(shapes[f"{router}.weight"])
-    return [*linears, Linear(router, shape, "router", k, router, router, stack.router_path)]
+    return [*linears, Linear(router, shape, "router", k, router, ledger, stack.router_path)]
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"quant", "checkpoint", "distributed"},
     {"kernels", "algorithms"},
-    {"layers"},
+    {"layers", "runtimes"},
     {"models"},
     {"calibration", "reports"},
     {"training"},

@@ -133,7 +133,7 @@ def test_a_misspelled_option_is_named_with_line_and_nearest(complaint):
         ),
         (MINIMAL + "evaluate: {tasks: [piqa]}\n", "x.yaml, line 4: evaluate.tasks[0] is 'piqa'"),
         (MINIMAL + "evaluate:\n  latency: {batchs: [1]}\n", "line 5: evaluate.latency has no option 'batchs'; did you"),
-        (MINIMAL + "export: [onnx]\n", "x.yaml, line 4: export format 'onnx' is not implemented in this version"),
+        (MINIMAL + "export: [onxx]\n", "x.yaml, line 4: there is no export format 'onxx'; did you mean 'onnx'?"),
         (MINIMAL + "gate:\n  kl_maen: {max: 1}\n", "x.yaml, line 5: gate has no option 'kl_maen'; did you mean 'kl_m"),
         (MINIMAL + "gate:\n  kl_mean: {max: 1, min: 0}\n", "x.yaml, line 5: gate.kl_mean: a limit has exactly one of"),
         (MINIMAL + "gate: no.yaml\n", "x.yaml, line 4: no.yaml: there is no such policy"),
@@ -261,8 +261,8 @@ def test_recipes_can_be_made_in_python():
 def test_export_options_are_those_of_a_recipe():
     """The command line and the recipe share them, and their errors."""
     assert dict(parse_export("safetensors", {"shard": "1GB"})) == {"shard": 10**9}
-    with pytest.raises(RecipeError, match="--to gguf: export format 'gguf' is not implemented"):
-        parse_export("gguf", {})
+    with pytest.raises(RecipeError, match=r"gguf\.type is 'q5_k_m'"):
+        parse_export("gguf", {"type": "q5_k_m"})
 
 
 def test_published_schema_is_current():
@@ -280,3 +280,11 @@ def test_schema_accepts_the_bundled_recipes_and_refuses_a_typo(path):
     [(kind, options)] = data["passes"][0].items()
     data["passes"][0] = {kind: {**options, "group_sise": 1}}
     assert len(list(validator.iter_errors(data))) == 1
+
+
+def test_a_mistake_in_a_policy_is_called_one(tmp_path):
+    """A file of its own has no recipe around it."""
+    path = tmp_path / "gate.yaml"
+    path.write_text("kl_mean: {max: 0.02}\nperplexty_ratio: {max: 1.05}\n")
+    with pytest.raises(RecipeError, match=r"line 2: the policy has no option 'perplexty_ratio'; did you mean"):
+        load_policy(path)

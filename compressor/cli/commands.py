@@ -150,20 +150,24 @@ def report(
 @command
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="The folder of a run, or of a model.")],
-    to: Annotated[str, typer.Option(help="The format: safetensors.")],
+    to: Annotated[str, typer.Option(help="The format: safetensors, onnx or gguf.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    shard: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the format: type=q4_k_m. Repeatable."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> Answer:
     """Write a model in another format."""
-    from compressor.recipe import parse_export
+    from compressor.recipe import parse_export, parse_settings
 
-    options = parse_export(to, {"shard": shard})
+    options = parse_settings(settings or ())
+    parse_export(to, options)  # complaints come before anything heavy is imported
     from compressor import pipeline
 
-    written = pipeline.export(folder, out, to, dict(options))
+    written = pipeline.export(folder, out, to, options)
     return Answer(written, outline(written))
 
 

@@ -11,13 +11,13 @@ import torch
 from compressor.metrics.latency.measuring import evaluating, random_ids
 from compressor.metrics.latency.rounds import generate_once
 from compressor.metrics.memory import PeakMemory
-from compressor.models import load_model
+from compressor.metrics.opening import opened
 
 
 def main(name: str, batch: int, prompt: int, generate: int) -> int:
     """Print `{loading_bytes, generating_bytes, process_bytes, reason}`."""
     with PeakMemory() as loading:
-        live = load_model(name).live()
+        live = opened(name)
         model = live.__enter__()
     before = loading.rss_before_bytes or 0
     with torch.inference_mode(), evaluating(model), PeakMemory() as generating:

@@ -2,12 +2,12 @@
 
 from compressor.models.anatomy import Block, ExpertStack, WeightSite, dequantized, in_float32
 from compressor.models.demo import DEMO_MODELS, demo_task, demo_texts
-from compressor.models.families import FAMILIES
+from compressor.models.families import FAMILIES, family_of
 from compressor.models.loading import load_model, load_tokenizer, resolve, wrap_live
 from compressor.models.model import Head, Model, Source
 from compressor.models.observation import Routed, observe_experts
 from compressor.models.packed_source import is_packed
-from compressor.models.transformers_io import disk_names, read_config
+from compressor.models.transformers_io import build_skeleton, disk_names, read_config
 
 __all__ = [
     "DEMO_MODELS",
@@ -19,10 +19,12 @@ __all__ = [
     "Routed",
     "Source",
     "WeightSite",
+    "build_skeleton",
     "demo_task",
     "demo_texts",
     "dequantized",
     "disk_names",
+    "family_of",
     "in_float32",
     "is_packed",
     "load_model",

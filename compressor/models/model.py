@@ -67,6 +67,10 @@ class Head:
         bias = getattr(projection, "bias", None)
         self.bias_V = None if bias is None else bias.detach().float()
 
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
     @torch.no_grad()
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Float32 logits `[M, V]` of hidden states before the final norm."""

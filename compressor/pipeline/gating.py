@@ -23,6 +23,7 @@ from compressor.pipeline.comparing import measure_side, time_sides
 from compressor.pipeline.costs import LATENCY, latency_budgets
 from compressor.pipeline.fair_speed import fair_latency, timed_together
 from compressor.pipeline.measuring import Measured
+from compressor.pipeline.onnx_subject import is_onnx
 from compressor.pipeline.sides import Side, check_same_windows, find_side, original_of, same_original
 from compressor.recipe import Evaluate, load_recipe
 from compressor.reports import Ledger, Report, pair_items
@@ -163,6 +164,11 @@ def structure_checks(candidate: Side, baselines: Sequence[Side]) -> list[Check]:
     folder = candidate.folder
     if folder is None:
         text = f"{candidate.name}: no weights here, so the files were not looked into"
+        return [Check("structure", None, None, None, "skipped", text, group="structure", rule="structure.files")]
+    if is_onnx(folder):
+        text = (
+            f"{folder}: an ONNX graph; it was compared with its model when it was written, the rules read safetensors"
+        )
         return [Check("structure", None, None, None, "skipped", text, group="structure", rule="structure.files")]
     original = _original_folder([*baselines, *_sources(candidate)])
     findings = check_structure(folder, original, ledgers=_as_json(candidate.ledgers))

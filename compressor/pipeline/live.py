@@ -2,8 +2,7 @@
 
 import copy
 import importlib.util
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, Progress
+from compressor.calibration import DEMO_TEXT, Calibration, Progress, load_texts, windows
 from compressor.errors import EnvironmentProblem, RecipeError
-from compressor.exporters import compare_reloaded, export_safetensors
 from compressor.layers import CPU, relayout
 from compressor.metrics import describe_environment
 from compressor.metrics.behaviour import measure_similarity
 from compressor.metrics.tasks import harness as run_harness
-from compressor.models import Model, load_model, wrap_live
+from compressor.models import Model, wrap_live
 from compressor.passes import Context, Pass
 from compressor.pipeline.comparing import compare_models
-from compressor.recipe import Evaluate
+from compressor.pipeline.exporting import format_of, write_export
+from compressor.pipeline.onnx_subject import is_onnx, load_subject
+from compressor.recipe import Evaluate, parse_export
 from compressor.reports import Ledger, check_complete
 from compressor.reports.delta import delta
 from compressor.reports.measurement import section_to_json
+from compressor.runtimes import open_onnx
+
+PARITY_LENGTH = 256  # tokens in each of two windows on which an export is compared with its model
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ def apply(
 def load(name: str | Path, *, fast: bool = True) -> nn.Module:
     """A transformers model in memory, ready to use; weights of an exported folder stay packed.
 
-    `fast=True` puts packed weights into the layout of the fastest CPU op where there is one; False computes exactly.
+    `fast=True` puts packed weights into the layout of the fastest CPU op where there is one; False computes exactly. An
+    ONNX folder is opened in onnxruntime, as an `OnnxModel`.
     """
-    model = _stored(name)
-    module = model.take_live()
+    if is_onnx(name):
+        return open_onnx(Path(name), accuracy_level=None if fast else 0)
+    module = _stored(name).take_live()
     if fast:
         relayout(module, CPU)
     return module
@@ -88,6 +93,7 @@ def generate(model: str | nn.Module, prompt: str, max_new_tokens: int = 32, *, t
         raise RecipeError("generate: a live model needs its tokenizer")
     inputs = tokenizer(prompt, return_tensors="pt")
     live: Any = model
+    inputs.pop("token_type_ids", None)
     with torch.inference_mode():
         ids = live.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
@@ -133,24 +139,21 @@ def measure_encoder(folder: str | Path, data: str | Path, items: int | None = No
 
 
 def export(
-    folder: Path, out: Path, format: str = "safetensors", options: dict[str, Any] | None = None
+    model: str | Path | Model, out: Path, format: str = "safetensors", options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write a model (or a run's `model/`) into a new folder, loaded back and compared before it appears there."""
-    if format != "safetensors":
-        raise RecipeError(f"export: {format!r} is not possible in this version; possible is safetensors")
+    """Write a model (or a run's `model/`) into a new folder, loaded back and compared before it appears there.
+
+    `format` is safetensors, onnx or gguf, `options` what a recipe's `export` takes for it.
+    """
     if out.exists():
         raise RecipeError(f"{out} exists; give a folder that does not")
-    model = load_model(str(_model_folder(folder)))
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        exported = export_safetensors(model, staged, shard_bytes=(options or {}).get("shard", 5 * 10**9))
-        ids = torch.arange(2 * 64).reshape(2, 64) % model.config.vocab_size
-        parity = compare_reloaded(model, staged, ids)
-        staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return {"format": format, "path": str(out), "bytes": exported.bytes, "parity": parity}
+    wanted, subject = parse_export(format, options or {}), _stored(model)
+    if is_onnx(subject.source.path):
+        raise RecipeError(f"{subject.name} is an ONNX folder; give the model or the run that it was written from")
+    format_of(wanted).refuse(wanted, subject, {})
+    text = next(iter(load_texts(DEMO_TEXT, "held_out").values()))
+    written = write_export(wanted, subject, out, windows(text, subject.tokenizer, PARITY_LENGTH, 2))
+    return {"format": format, "path": str(out), "bytes": written.bytes, "parity": written.parity}
 
 
 def doctor() -> dict[str, Any]:
@@ -207,7 +210,7 @@ def _subject(model: str | Model | nn.Module, tokenizer: Any) -> Model:
 def _stored(model: str | Path | Model) -> Model:
     if isinstance(model, Model):
         return model
-    return load_model(str(_model_folder(Path(model)) if Path(model).is_dir() else model))
+    return load_subject(_model_folder(Path(model)) if Path(model).is_dir() else model)
 
 
 def _model_folder(path: Path) -> Path:

@@ -99,7 +99,7 @@ class Pair:
         heads = {BASELINE: self.baseline.head(), CANDIDATE: self.candidate.head()}
         baseline_MD = states[self.mixture([])[:-1]].flatten(0, 1)
         targets_M = self.ids_NT.roll(-1, dims=1).flatten()
-        vocab = max(len(head.weight_VD) for head in heads.values())
+        vocab = max(head.vocab_size for head in heads.values())
         kl: dict[Mixture, list[Tensor]] = {mixture: [] for mixture in mixtures}
         nll: dict[Mixture, list[Tensor]] = {mixture: [] for mixture in mixtures}
         for rows in torch.arange(len(targets_M)).split(max(1, CHUNK_BYTES // (4 * vocab))):

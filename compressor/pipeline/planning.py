@@ -17,9 +17,11 @@ from compressor.exporters.sizes import exported_bytes
 from compressor.metrics.energy import codecarbon_missing
 from compressor.models import DEMO_MODELS, Model, load_model
 from compressor.passes import PASSES
+from compressor.pipeline.exporting import format_of
 from compressor.pipeline.folder import text_digests
-from compressor.recipe import Recipe
-from compressor.recipe.options import kind_of
+from compressor.quant import QuantSpec
+from compressor.recipe import Onnx, Recipe
+from compressor.recipe.options import EXPORTS, kind_of
 from compressor.reports import LedgerRow
 
 # Resident memory of Python, torch and transformers with the buffers of measuring (demo/tiny-moe peaks at 1.2 to 1.5 GB)
@@ -93,6 +95,7 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
     largest = _largest_block(model)
     flops, seconds, passes, notes = 0.0, 0.0, [], _notes(recipe, model)
     schemes: dict[str, LedgerRow] = {}
+    specs: dict[str, QuantSpec] = {}
     rows: list[LedgerRow] = []
     for step in recipe.passes:
         options: Any = step
@@ -102,11 +105,15 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
             actions[row.action] += row.parameters
             if row.action == "quantized":
                 schemes[row.name] = row
+                specs[row.name] = QuantSpec(int(row.bits), row.group_size, options.symmetric)
+        _check_experts(recipe, rows, model)
         notes += sorted({f"{kind_of(step, PASSES)}: {row.reason}" for row in rows if "does not divide" in row.reason})
         flops += _flops(options, recipe, parameters)
         seconds += _solve_seconds(options, model)
         options.preview(model)
         passes.append({"name": kind_of(step, PASSES), "actions": dict(actions)})
+    for target in recipe.export:
+        format_of(target).refuse(target, model, specs)
     windows = recipe.evaluate.windows * recipe.evaluate.length * _num_texts(recipe)
     measured = len(recipe.passes) + 1 if recipe.evaluate.when == "each" else 2
     flops += 2.0 * parameters * windows * measured * 2
@@ -118,7 +125,8 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
         raise EnvironmentProblem(f"memory: about {_size(memory)} are needed, the recipe allows {_size(recipe.memory)}")
     if memory > (there := psutil.virtual_memory().total):
         raise EnvironmentProblem(f"memory: about {_size(memory)} are needed, the machine has {_size(there)}")
-    export = exported_bytes(model, schemes) if recipe.export else None
+    export = exported_bytes(model, schemes) if "safetensors" in _formats(recipe) else None
+    exports = sum(_about_bytes(target, model, schemes) for target in recipe.export)
     return Plan(
         model=recipe.model,
         parameters=parameters,
@@ -126,7 +134,7 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
         passes=tuple(passes),
         export_bytes=export,
         memory_bytes=memory,
-        disk_bytes=source_bytes * min(2, len(recipe.passes)) + 2 * streams // 3 + (export or 0),
+        disk_bytes=source_bytes * min(2, len(recipe.passes)) + 2 * streams // 3 + exports,
         seconds=flops / (WALK_EFFICIENCY * _flops_per_second()) + seconds + 30 * measured,
         notes=tuple(notes),
         rows=tuple(rows),
@@ -153,11 +161,37 @@ def _check_order(recipe: Recipe) -> None:
         if before == "quantize":
             raise RecipeError(f"passes: {after!r} comes after 'quantize'; put 'quantize' last")
     for step in recipe.passes:
-        if kind_of(step, PASSES) == "quantize" and not step.symmetric and recipe.export:  # type: ignore[attr-defined]
+        asymmetric = kind_of(step, PASSES) == "quantize" and not step.symmetric  # type: ignore[attr-defined]
+        if asymmetric and "safetensors" in _formats(recipe):
             raise UnsupportedModel(
                 "quantize.symmetric: false cannot be exported to safetensors: stock transformers with "
-                "compressed-tensors does not load zero points (docs/decisions.md); use symmetric: true, or `export: []`"
+                "compressed-tensors does not load zero points (docs/decisions.md); use symmetric: true, or export to "
+                "another format"
             )
+
+
+def _check_experts(recipe: Recipe, rows: list[LedgerRow], model: Model) -> None:
+    """Dense experts beside quantized layers do not load: transformers 5.17 to 5.23 look for packed ones only."""
+    if "safetensors" not in _formats(recipe):
+        return
+    quantized = {row.name for row in rows if row.action == "quantized"}
+    stacks = [stack.name for k in range(model.num_blocks) if (stack := model.anatomy(k).experts)]
+    if quantized and stacks and f"{stacks[0]}.down_proj" not in quantized:
+        raise UnsupportedModel(
+            f"quantize.ignore: {stacks[0]} would stay dense beside quantized layers, which stock transformers does not "
+            "load from safetensors (docs/decisions.md); quantize the experts too, or export to something else"
+        )
+
+
+def _formats(recipe: Recipe) -> set[str]:
+    return {kind_of(target, EXPORTS) for target in recipe.export}
+
+
+def _about_bytes(target: Any, model: Model, schemes: dict[str, LedgerRow]) -> int:
+    """What an export takes on the disk: dense weights in the format's own precision, packed ones as they are."""
+    if isinstance(target, Onnx) and not schemes:
+        return model.num_parameters() * (4 if target.dtype == "float32" else 2)
+    return exported_bytes(model, schemes)
 
 
 def _notes(recipe: Recipe, model: Model) -> list[str]:

@@ -1,7 +1,6 @@
 """`compress run`: a model through a list of passes, measured after each, gated, exported, loaded back."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.calibration import Progress, release_memory
 from compressor.checkpoint import write_text
 from compressor.errors import RecipeError
-from compressor.exporters import compare_reloaded, export_safetensors, model_card, write_manifest
+from compressor.exporters import model_card, write_manifest
 from compressor.metrics import PeakMemory, describe_environment
 from compressor.models import Model, load_model
 from compressor.passes import PASSES, Context
 from compressor.pipeline.costs import latency_budgets
+from compressor.pipeline.exporting import format_of, write_export
 from compressor.pipeline.folder import RunFolder, claimed, default_out, journal_key, text_digests
 from compressor.pipeline.gating import gate_run
 from compressor.pipeline.measuring import Measured, Measuring, suite_texts
@@ -26,8 +27,6 @@ from compressor.recipe import Recipe, load_recipe
 from compressor.recipe.options import EXPORTS, kind_of
 from compressor.reports import Export, Ledger, Report, check_complete, read_items, to_markdown
 from compressor.reports.html import to_html
-
-PARITY_WINDOWS, PARITY_LENGTH = 2, 64
 
 
 @dataclass(frozen=True)
@@ -158,19 +157,14 @@ def _seconds(entries: list[dict[str, Any]], step: int) -> float:
     return total + (time.time() - started if started is not None else 0.0)
 
 
-def _export(target: Any, model: Model, ids: Any, folder: RunFolder) -> Export:
-    """Write beside the final name, load back, compare, then rename: `model/` appears when it is proven."""
-    final = folder.out / "model"
-    done = folder.journal.last("export", path="model")
-    if done is None or not final.exists():
-        staged = folder.work / "export"
-        shutil.rmtree(staged, ignore_errors=True)
-        exported = export_safetensors(model, staged, shard_bytes=target.shard)
-        parity = compare_reloaded(model, staged, ids[:PARITY_WINDOWS, :PARITY_LENGTH].contiguous())
-        shutil.rmtree(final, ignore_errors=True)
-        staged.rename(final)
-        done = folder.journal.append("export", path="model", bytes=exported.bytes, parity=parity)
-    return Export(format=kind_of(target, EXPORTS), path="model", bytes=done["bytes"], parity=done["parity"])
+def _export(options: Any, model: Model, ids: Tensor, folder: RunFolder) -> Export:
+    """Write beside the final name, load back, compare, then rename: the folder appears when it is proven."""
+    name = format_of(options).folder
+    done = folder.journal.last("export", path=name)
+    if done is None or not (folder.out / name).exists():
+        written = write_export(options, model, folder.out / name, ids, staged=folder.work / "export")
+        done = folder.journal.append("export", path=name, bytes=written.bytes, parity=written.parity)
+    return Export(format=kind_of(options, EXPORTS), path=name, bytes=done["bytes"], parity=done["parity"])
 
 
 def _finish(

@@ -7,7 +7,8 @@ from typing import Any
 
 from compressor.errors import EnvironmentProblem, IntegrityError, RecipeError
 from compressor.exporters import verify_manifest
-from compressor.models import Model, load_model
+from compressor.models import Model
+from compressor.pipeline.onnx_subject import load_subject
 from compressor.reports import Ledger, Measurement, Report, TaskItem, task_items
 from compressor.reports.items import ITEMS, read_lines
 
@@ -44,7 +45,7 @@ class Side:
         """The model, ready to be measured."""
         if self.model is None:
             raise EnvironmentProblem(f"{self.name}: its model/ is not here, so nothing can be measured")
-        return load_model(self.model)
+        return load_subject(self.model)
 
 
 def find_side(name: str | Path) -> Side:

@@ -11,8 +11,8 @@ from compressor.errors import RecipeError
 from compressor.gates import Policy
 from compressor.passes import PASSES
 from compressor.recipe.complaints import complaints
-from compressor.recipe.document import Address, Document, nearest, read_document
-from compressor.recipe.options import EXPORTS, EXPORTS_NOT_YET, Evaluate, Recipe
+from compressor.recipe.document import Address, Document, nearest, plain_value, read_document
+from compressor.recipe.options import EXPORTS, Evaluate, Recipe
 from compressor.recipe.overrides import override
 
 SUFFIXES = (".yaml", ".yml")
@@ -83,11 +83,22 @@ def load_evaluate(path: Path | str | None, changes: Mapping[str, Any], *, speed:
     return evaluate
 
 
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Options written as `name=value` on the command line; values are read as YAML."""
+    found = {}
+    for setting in settings:
+        name, sign, text = setting.partition("=")
+        if not sign or not name:
+            raise RecipeError(f"--set {setting}: write an option, = and a value, as in --set type=q4_k_m")
+        found[name] = plain_value(text, f"--set {setting}")
+    return found
+
+
 def parse_export(format: str, options: Mapping[str, Any]) -> BaseModel:
     """The checked options of one export format, as a recipe's `export` would have them."""
     document = Document("--to", {}, {(): f"--to {format}"})
     problems: list[str] = []
-    entries = _entries([{format: dict(options)}], EXPORTS, EXPORTS_NOT_YET, "export", document, problems)
+    entries = _entries([{format: dict(options)}], EXPORTS, "export", document, problems)
     if problems:
         raise RecipeError("\n".join(problems))
     return entries[0]
@@ -128,11 +139,11 @@ def _build(document: Document, file: Path) -> Recipe:
 
 
 def _passes(section: Any, document: Document, file: Path, problems: list[str]) -> Any:
-    return _entries(section, PASSES, frozenset(), "passes", document, problems)
+    return _entries(section, PASSES, "passes", document, problems)
 
 
 def _exports(section: Any, document: Document, file: Path, problems: list[str]) -> Any:
-    return _entries(section, EXPORTS, EXPORTS_NOT_YET, "export", document, problems)
+    return _entries(section, EXPORTS, "export", document, problems)
 
 
 def _gate(section: Any, document: Document, file: Path, problems: list[str]) -> Any:
@@ -152,7 +163,6 @@ def _gate(section: Any, document: Document, file: Path, problems: list[str]) -> 
 def _entries(
     section: Any,
     kinds: Mapping[str, type[BaseModel]],
-    not_yet: frozenset[str],
     key: str,
     document: Document,
     problems: list[str],
@@ -169,9 +179,7 @@ def _entries(
             problems.append(f"{place}: {key} takes one name with its options a line; this one has {written!r}")
             continue
         [(name, options)] = item.items()
-        if name in not_yet:
-            problems.append(f"{place}: {WORDS[key]} {name!r} is not implemented in this version; there is {there}")
-        elif name not in kinds:
+        if name not in kinds:
             problems.append(f"{place}: there is no {WORDS[key]} {name!r}{nearest(name, kinds)} (there is {there})")
         else:
             entries.append(_options(kinds[name], options, document, (key, position, name), problems))

@@ -21,6 +21,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from compressor.calibration.tokens import DEMO_TEXT, Calibration
+from compressor.exporters.onnx import OnnxSettings
 from compressor.gates import Policy
 from compressor.metrics.behaviour.options import Bias, Generation, Ood, Refusals, Robustness
 from compressor.metrics.tasks.options import Task
@@ -90,8 +91,31 @@ class Safetensors(Options):
     shard: Size = Field(5 * 10**9, description="Largest size of one file, such as 5GB.")
 
 
-EXPORTS: dict[str, type[Options]] = {"safetensors": Safetensors}
-EXPORTS_NOT_YET = frozenset({"onnx", "gguf"})
+class Onnx(Options):
+    """A folder with `model.onnx`, which onnxruntime, onnxruntime-genai and optimum run; codes as they are."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of inputs, outputs, arithmetic.")
+    accuracy_level: Literal[0, 1, 4] = Field(
+        4, description="4 lets onnxruntime round activations to int8 where weights are quantized; 0 and 1 do not."
+    )
+    embedding: Literal["auto", "float32", "float16", "bfloat16", "int8"] = Field(
+        "auto", description="How embedding and head are stored; auto: int8 in a quantized model, else as dtype."
+    )
+
+    def settings(self) -> OnnxSettings:
+        """As the writer takes them."""
+        return OnnxSettings(**self.model_dump())
+
+
+class Gguf(Options):
+    """One file for llama.cpp and what builds on it."""
+
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k"] = Field(
+        "auto", description="auto carries codes over and rounds nothing; the others are what llama.cpp means by them."
+    )
+
+
+EXPORTS: dict[str, type[Options]] = {"safetensors": Safetensors, "onnx": Onnx, "gguf": Gguf}
 
 
 class Recipe(Options):

@@ -170,6 +170,7 @@ def test_shards_hold_what_was_asked(moe_folder, recipe_file, tmp_path):
             UnsupportedModel,
             "zero points",
         ),
+        ([{"quantize": {"ignore": ["lm_head", "mlp.experts"]}}], {}, UnsupportedModel, "would stay dense"),
         ([{"prune": {"structure": "experts", "ratio": 0.9}}], {}, UnsupportedModel, "routed to 2"),
         ([{"quantize": {"ignore": ["lm_head", "q_prjo"]}}], {}, RecipeError, "q_prjo"),
         ([INT4], {"memory": "100MB"}, Exception, "memory"),

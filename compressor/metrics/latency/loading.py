@@ -16,7 +16,7 @@ from compressor.metrics.bootstrap import bootstrap_median
 from compressor.metrics.latency.crowd import Conditions, quiet_conditions
 from compressor.metrics.latency.ratio import is_decided, paired_ratio, ratio_of_computing
 from compressor.metrics.latency.rounds import EARLY_LEVEL, Span, decoding_step_ms, now, since, turns_of
-from compressor.models import load_model
+from compressor.metrics.opening import opened
 from compressor.reports.estimate import Estimate
 
 FEWEST_LOADS = 4  # two blocks of A B B A: one alone has no interval
@@ -86,8 +86,7 @@ def measure_loading(
 def _loader(model: str | Path | Loader) -> Loader:
     if callable(model):
         return model
-    name = str(model)
-    return lambda: load_model(name).live()
+    return lambda: opened(model)
 
 
 def _take_turns(sides: Sequence[Loader], is_enough: Callable[[Times], bool], seed: int) -> Times:

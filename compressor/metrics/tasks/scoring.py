@@ -194,7 +194,7 @@ def _scores(head: Head, states_PD: Tensor, position_S: Tensor, requests: Sequenc
     lead_S, top_S = torch.empty_like(loglik_S), torch.empty_like(target_S)
     order_S = position_S.argsort(stable=True)
     sorted_S = position_S[order_S]
-    vocab = head.weight_VD.shape[0]
+    vocab = head.vocab_size
     for chunk in torch.arange(len(states_PD)).split(max(1, CHUNK_BYTES // (4 * vocab))):
         first, end = int(chunk[0]), int(chunk[-1]) + 1
         low, high = torch.searchsorted(sorted_S, torch.tensor([first, end])).tolist()

@@ -1,0 +1,101 @@
+"""An ONNX folder is exported, loaded, asked, measured and gated like any model."""
+
+import json
+
+import pytest
+import torch
+
+from compressor.errors import RecipeError
+from compressor.gates import Policy
+from compressor.metrics import TextSet, measure_accuracy
+from compressor.models import load_model
+from compressor.pipeline import export, gate, generate, load, measure, run
+from compressor.pipeline.onnx_subject import OnnxSubject
+from compressor.recipe import Evaluate
+from tests.tiny_models import save_tiny, tiny_ids
+
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dense model and its float ONNX folder."""
+    root = tmp_path_factory.mktemp("onnx")
+    dense = save_tiny(root / "dense", "qwen3_moe")
+    export(dense, root / "onnx", "onnx")
+    text = root / "text.txt"
+    text.write_text("A small text that is long enough for a few windows of bytes. " * 20)
+    questions = root / "questions.jsonl"
+    lines = [{"query": f"{n} and {n + 1} and", "choices": [str(n + 2), str(n)], "gold": n % 2} for n in range(8)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate = Evaluate(
+        text={"small": str(text)}, windows=2, length=64, latency=None,
+        tasks=[{"name": "counting", "kind": "multiple_choice", "data": str(questions)}],
+    )  # fmt: skip
+    return {"root": root, "dense": dense, "onnx": root / "onnx", "evaluate": evaluate}
+
+
+def test_its_perplexity_is_the_models(world):
+    """The graph's logits of the same windows: each window's NLL within float32's sums."""
+    texts = [TextSet("a", tiny_ids(3, 32))]
+    of_graph = measure_accuracy(OnnxSubject(world["onnx"]), texts, baseline=None)
+    of_model = measure_accuracy(load_model(str(world["dense"])), texts, baseline=None)
+    assert of_graph.accuracy.window_nll["a"] == pytest.approx(of_model.accuracy.window_nll["a"], abs=1e-5)
+
+
+def test_it_is_measured_beside_the_model_that_it_came_from(world):
+    """KL nought, every first choice the same, the same task score."""
+    found = measure(world["onnx"], baseline=world["dense"], evaluate=world["evaluate"])
+    assert found["accuracy"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["accuracy"]["top1_agreement"]["value"] == 1.0
+    assert found["behaviour"]["flips"]["counting"]["right_to_wrong"] == 0
+
+
+def test_a_gate_takes_it_as_a_candidate(world):
+    """Structure is about safetensors and is skipped aloud; fidelity is measured."""
+    result = gate(world["onnx"], world["dense"], Policy(kl_mean={"max": 1e-4}), evaluate=world["evaluate"])
+    assert [(check.group, check.status) for check in result.verdict.checks] == [
+        ("structure", "skipped"),
+        ("fidelity", "pass"),
+    ]
+
+
+def test_it_writes_what_the_model_writes(world):
+    """By name, and live with its tokenizer."""
+    assert generate(str(world["onnx"]), "ab", 8) == generate(str(world["dense"]), "ab", 8)
+
+
+def test_load_gives_a_module_that_is_called_like_a_model(world):
+    """Logits of tokens, without a look at what runs them."""
+    ids = tiny_ids(1, 16)
+    with torch.inference_mode():
+        dense, onnx = load(world["dense"])(ids).logits, load(world["onnx"])(ids).logits
+    assert torch.allclose(dense.float(), onnx, atol=1e-4)
+
+
+def test_a_graph_is_not_exported_again(world):
+    """It holds no codes that another format could take."""
+    with pytest.raises(RecipeError, match="is an ONNX folder; give the model"):
+        export(world["onnx"], world["root"] / "again", "gguf")
+
+
+def test_a_run_writes_all_three_formats(world, tmp_path):
+    """`export: [safetensors, onnx, gguf]`: three folders beside each other, each with its parity in the report."""
+    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    recipe = tmp_path / "recipe.yaml"
+    text = world["evaluate"].text["small"]
+    recipe.write_text(
+        json.dumps({
+            "model": str(world["dense"]), "calibration": {"data": text, "samples": 2, "length": 64},
+            "passes": [{"quantize": {"bits": 4, "group_size": 32}}],
+            "evaluate": {"text": {"small": text}, "windows": 2, "length": 64, "latency": False},
+            "export": ["safetensors", {"onnx": {"accuracy_level": 0}}, "gguf"],
+        })
+    )  # fmt: skip
+    out = run(recipe, tmp_path / "out").out
+    exports = {one["format"]: one for one in json.loads((out / "report.json").read_text())["exports"]}
+    assert {name: (out / one["path"]).is_dir() for name, one in exports.items()} == {
+        "safetensors": True, "onnx": True, "gguf": True,
+    }  # fmt: skip
+    assert exports["onnx"]["parity"]["max_abs"] <= 1e-4
+    assert exports["gguf"]["parity"]["greedy_equal"]

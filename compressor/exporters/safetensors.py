@@ -5,7 +5,7 @@ O output features, I input features, G groups, E experts.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,13 @@ def copy_companions(model: Model, folder: Path) -> None:
         if generation is not None:
             generation.save_pretrained(folder)
         return
-    for pattern in COMPANIONS:
-        for file in sorted(model.path.glob(pattern)):
+    copy_files(model.path, folder)
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str] = COMPANIONS) -> None:
+    """Files that travel with the weights, from the source's folder."""
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
 

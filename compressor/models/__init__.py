@@ -7,7 +7,7 @@ from compressor.models.loading import load_model, load_tokenizer, resolve, wrap_
 from compressor.models.model import Head, Model, Source
 from compressor.models.observation import Routed, observe_experts
 from compressor.models.packed_source import is_packed
-from compressor.models.transformers_io import build_skeleton, disk_names, read_config
+from compressor.models.transformers_io import build_skeleton, disk_names, read_config, read_model_type
 
 __all__ = [
     "DEMO_MODELS",
@@ -31,6 +31,7 @@ __all__ = [
     "load_tokenizer",
     "observe_experts",
     "read_config",
+    "read_model_type",
     "resolve",
     "wrap_live",
 ]

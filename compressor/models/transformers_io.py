@@ -20,7 +20,13 @@ from compressor.models.families import Family, family_of
 
 
 def read_config(folder: Path) -> Any:
-    """The model's config; names the file if it is missing or broken."""
+    """The model's config; names the file if it is missing or broken, and a family that is not known."""
+    family_of(read_model_type(folder), str(folder))  # before transformers, which has errors of its own for that
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def read_model_type(folder: Path) -> str:
+    """What a folder's config.json calls its family, known or not."""
     path = folder / "config.json"
     try:
         model_type = json.loads(path.read_text()).get("model_type")
@@ -30,8 +36,7 @@ def read_config(folder: Path) -> Any:
         raise IntegrityError(f"{path}: not valid JSON ({error})") from None
     if model_type is None:
         raise UnsupportedModel(f"{path} names no model_type")
-    family_of(model_type, str(folder))  # before transformers, which raises errors of its own for types it does not know
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return model_type
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, family: Family) -> PreTrainedModel:

@@ -6,16 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from compressor.calibration import DEMO_TEXT, load_texts, windows
+from compressor.errors import UnsupportedModel
 from compressor.exporters import compare_reloaded, export_safetensors
 from compressor.exporters.gguf import compare_gguf, export_gguf, refuse_gguf
-from compressor.exporters.onnx import compare_onnx, export_onnx, refuse_onnx
-from compressor.models import Model
+from compressor.exporters.onnx import (
+    ENCODERS,
+    compare_encoder,
+    compare_onnx,
+    compare_with_torch,
+    export_encoder,
+    export_onnx,
+    export_with_torch,
+    refuse_onnx,
+)
+from compressor.exporters.safetensors import Exported, copy_files
+from compressor.models import FAMILIES, Model, load_tokenizer, read_model_type, resolve
 from compressor.quant import QuantSpec
 from compressor.recipe import Gguf, Onnx, Safetensors
 
 PARITY_WINDOWS, PARITY_LENGTH = 2, 64
+PARITY_TEXT = 256  # tokens on which a graph is compared with its model
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,48 @@ def write_export(options: Any, model: Model, out: Path, ids_NT: Tensor, staged: 
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return written
+
+
+def is_modelled(name: str | Path) -> bool:
+    """Whether passes and our own writers know the family of a local model; what is no local model counts as known."""
+    folder = Path(name)
+    known = (folder / "model" / "config.json").exists() or not (folder / "config.json").exists()
+    return known or read_model_type(folder) in FAMILIES
+
+
+def export_unmodelled(name: str, options: Onnx, out: Path) -> Written:
+    """Write a model of a family that passes do not know as ONNX, in float32: an encoder, or a decoder through torch.
+
+    Nothing of it is quantized. Raises UnsupportedModel for options that only our own decoder graphs have.
+    """
+    if options != Onnx():
+        raise UnsupportedModel(f"{name}: a model of this family is written in float32, without options")
+    source = resolve(name).path
+    staged = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        if read_model_type(source) in ENCODERS:
+            exported = export_encoder(source, staged)
+            parity = compare_encoder(source, staged)
+        else:
+            exported, parity = _through_torch(source, staged)
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Written(exported.bytes, parity)
+
+
+def _through_torch(source: Path, folder: Path) -> tuple[Exported, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    module: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    exported = export_with_torch(module.eval(), module.config, folder)
+    copy_files(source, folder)
+    text = next(iter(load_texts(DEMO_TEXT, "held_out").values()))
+    ids = windows(text, load_tokenizer(source), PARITY_TEXT, 1)
+    return exported, compare_with_torch(module, folder, ids.flatten())
 
 
 def format_of(options: Any) -> Format:

@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from compressor.calibration import DEMO_TEXT, Calibration, Progress, load_texts, windows
 from compressor.errors import EnvironmentProblem, RecipeError
+from compressor.exporters.onnx import ENCODERS
 from compressor.layers import CPU, relayout
 from compressor.metrics import describe_environment
 from compressor.metrics.behaviour import measure_similarity
 from compressor.metrics.tasks import harness as run_harness
-from compressor.models import Model, wrap_live
+from compressor.models import Model, read_model_type, wrap_live
 from compressor.passes import Context, Pass
 from compressor.pipeline.comparing import compare_models
-from compressor.pipeline.exporting import format_of, write_export
+from compressor.pipeline.exporting import PARITY_TEXT, export_unmodelled, format_of, is_modelled, write_export
 from compressor.pipeline.onnx_subject import is_onnx, load_subject
-from compressor.recipe import Evaluate, parse_export
+from compressor.recipe import Evaluate, Onnx, parse_export
 from compressor.reports import Ledger, check_complete
 from compressor.reports.delta import delta
 from compressor.reports.measurement import section_to_json
-from compressor.runtimes import open_onnx
-
-PARITY_LENGTH = 256  # tokens in each of two windows on which an export is compared with its model
+from compressor.runtimes import open_onnx, open_onnx_encoder
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,11 @@ def load(name: str | Path, *, fast: bool = True) -> nn.Module:
     """A transformers model in memory, ready to use; weights of an exported folder stay packed.
 
     `fast=True` puts packed weights into the layout of the fastest CPU op where there is one; False computes exactly. An
-    ONNX folder is opened in onnxruntime, as an `OnnxModel`.
+    ONNX folder is opened in onnxruntime, as an `OnnxModel` or an `OnnxEncoder`.
     """
     if is_onnx(name):
+        if read_model_type(Path(name)) in ENCODERS:
+            return open_onnx_encoder(Path(name))
         return open_onnx(Path(name), accuracy_level=None if fast else 0)
     module = _stored(name).take_live()
     if fast:
@@ -143,16 +144,21 @@ def export(
 ) -> dict[str, Any]:
     """Write a model (or a run's `model/`) into a new folder, loaded back and compared before it appears there.
 
-    `format` is safetensors, onnx or gguf, `options` what a recipe's `export` takes for it.
+    `format` is safetensors, onnx or gguf, `options` what a recipe's `export` takes for it. ONNX takes encoders (BERT)
+    and decoders of other families too, in float32.
     """
     if out.exists():
         raise RecipeError(f"{out} exists; give a folder that does not")
-    wanted, subject = parse_export(format, options or {}), _stored(model)
+    wanted = parse_export(format, options or {})
+    if isinstance(wanted, Onnx) and not isinstance(model, Model) and not is_modelled(model):
+        written = export_unmodelled(str(model), wanted, out)
+        return {"format": format, "path": str(out), "bytes": written.bytes, "parity": written.parity}
+    subject = _stored(model)
     if is_onnx(subject.source.path):
         raise RecipeError(f"{subject.name} is an ONNX folder; give the model or the run that it was written from")
     format_of(wanted).refuse(wanted, subject, {})
     text = next(iter(load_texts(DEMO_TEXT, "held_out").values()))
-    written = write_export(wanted, subject, out, windows(text, subject.tokenizer, PARITY_LENGTH, 2))
+    written = write_export(wanted, subject, out, windows(text, subject.tokenizer, PARITY_TEXT, 2))
     return {"format": format, "path": str(out), "bytes": written.bytes, "parity": written.parity}
 
 

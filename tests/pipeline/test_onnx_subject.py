@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, UnsupportedModel
 from compressor.gates import Policy
 from compressor.metrics import TextSet, measure_accuracy
 from compressor.models import load_model
 from compressor.pipeline import export, gate, generate, load, measure, run
 from compressor.pipeline.onnx_subject import OnnxSubject
 from compressor.recipe import Evaluate
-from tests.tiny_models import save_tiny, tiny_ids
+from tests.tiny_models import save_tiny, tiny_ids, tiny_tokenizer
 
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
@@ -99,3 +100,35 @@ def test_a_run_writes_all_three_formats(world, tmp_path):
     }  # fmt: skip
     assert exports["onnx"]["parity"]["max_abs"] <= 1e-4
     assert exports["gguf"]["parity"]["greedy_equal"]
+
+
+def test_a_family_that_passes_do_not_know_goes_through_torch(tmp_path):
+    """GPT-2 has learned positions and transposed weights; nothing of ours knows it."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=256, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    written = export(tmp_path / "gpt2", tmp_path / "onnx", "onnx")
+    assert written["parity"]["max_abs"] <= 1e-4
+    assert len(generate(str(tmp_path / "onnx"), "ab", 4)) >= 2
+
+
+def test_an_encoder_is_exported_and_loaded(tmp_path):
+    """Hidden states within 1e-4 of the stock model's, in batches with padding."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    assert export(tmp_path / "bert", tmp_path / "onnx", "onnx")["parity"]["max_abs"] <= 1e-4
+    assert load(tmp_path / "onnx")(tiny_ids(1, 8)).last_hidden_state.shape == (1, 8, 32)
+
+
+def test_options_of_our_own_graphs_are_refused_elsewhere(tmp_path):
+    """A torch graph has no accuracy_level; nothing is written."""
+    (tmp_path / "gpt2").mkdir()
+    GPT2Config(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UnsupportedModel, match="float32, without options"):
+        export(tmp_path / "gpt2", tmp_path / "onnx", "onnx", {"accuracy_level": 0})
+    assert not (tmp_path / "onnx").exists()

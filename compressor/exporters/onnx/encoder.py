@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.checkpoint import CheckpointReader, write_json
 from compressor.errors import EnvironmentProblem, IntegrityError, UnsupportedModel
 from compressor.exporters.onnx.graph import MICROSOFT, Graph, require_onnx
-from compressor.exporters.safetensors import COMPANIONS, Exported
+from compressor.exporters.safetensors import COMPANIONS, Exported, copy_files
 from compressor.models.transformers_io import quiet
 from compressor.runtimes import open_onnx_encoder
 from compressor.runtimes.configuration import read_config
@@ -261,10 +261,7 @@ def _activation(config: Any) -> str:
 
 
 def _copy_companions(folder: Path, out: Path) -> None:
-    for pattern in (*COMPANIONS, *SENTENCE_FILES):
-        for file in folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+    copy_files(folder, out, (*COMPANIONS, *SENTENCE_FILES))
     for part in folder.glob(SENTENCE_FOLDERS):
         if part.is_dir():
             shutil.copytree(part, out / part.name, dirs_exist_ok=True)

@@ -46,8 +46,15 @@ def compare_onnx(model: Model, folder: Path, ids_T: Tensor, settings: OnnxSettin
     """
     ids_T = ids_T[: min(LONG, model.config.max_position_embeddings)]
     with exact_reference(model, settings.embedding_of(model)) as module:
-        reference = _reference(module, ids_T)
-    exact = Session(folder, accuracy_level=0)
+        reference = reference_of(module, ids_T)
+    found = check_graph(Session(folder, accuracy_level=0), reference, ids_T, folder)
+    written = Session(folder)
+    drift = _drift(written.logits(ids_T[None])[0], reference.logits[0])
+    return found | {"accuracy_level": written.accuracy_level, "drift": drift}
+
+
+def check_graph(exact: "Session", reference: Reference, ids_T: Tensor, folder: Path) -> dict[str, Any]:
+    """`max_abs`, `relative`, `scenarios` and `greedy_equal` of a graph; IntegrityError where it differs."""
     found = _scenarios(exact, ids_T)
     tolerance = TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
     differences = {name: _difference(logits, reference.logits, at) for name, (logits, at) in found.items()}
@@ -61,15 +68,12 @@ def compare_onnx(model: Model, folder: Path, ids_T: Tensor, settings: OnnxSettin
     if not torch.equal(greedy, reference.greedy):
         first = int((greedy != reference.greedy).nonzero()[0])
         raise IntegrityError(f"{folder}: greedy token {first + 1} of {GREEDY_TOKENS} differs from the model's")
-    written = Session(folder)
     return {
         "max_abs": max(differences.values()),
         "relative": _relative(found["prefill"][0], reference.logits),
         "greedy_equal": True,
         "greedy_tokens": GREEDY_TOKENS,
         "scenarios": differences,
-        "accuracy_level": written.accuracy_level,
-        "drift": _drift(written.logits(ids_T[None])[0], reference.logits[0]),
     }
 
 
@@ -100,7 +104,7 @@ def _as_stored(weight_VD: Tensor, embedding: str) -> Tensor:
 
 
 @torch.inference_mode()
-def _reference(module: Any, ids_T: Tensor) -> Reference:
+def reference_of(module: Any, ids_T: Tensor) -> Reference:
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()  # not of the config, whose window would cut it off even where no layer has one

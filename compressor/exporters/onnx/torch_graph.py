@@ -20,20 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from compressor.checkpoint import write_json
-from compressor.errors import EnvironmentProblem, IntegrityError, UnsupportedModel
+from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.exporters.onnx.graph import DATA, IR_VERSION, OPSET, require_onnx
-from compressor.exporters.onnx.parity import (
-    GREEDY_TOKENS,
-    LONG,
-    PROMPT,
-    TOLERANCE,
-    Session,
-    _difference,
-    _first_layer_apart,
-    _reference,
-    _relative,
-    _scenarios,
-)
+from compressor.exporters.onnx.parity import LONG, Session, check_graph, reference_of
 from compressor.exporters.safetensors import Exported
 from compressor.layers import packed_weights
 from compressor.models import in_float32
@@ -76,30 +65,11 @@ def compare_with_torch(module: nn.Module, folder: Path, ids_T: Tensor) -> dict[s
     `ids_T` is a text, longer than the model's sliding window where that is possible. IntegrityError where logits
     differ by more than 1e-4 (it says in which layer that begins) or a greedy token differs.
     """
-    ids_T = ids_T[:LONG]
+    longest = getattr(module.config, "max_position_embeddings", None) or LONG
+    ids_T = ids_T[: min(LONG, longest)]
     with in_float32(module):
-        reference = _reference(module, ids_T)
-    session = Session(folder)
-    found = _scenarios(session, ids_T)
-    tolerance = TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
-    differences = {name: _difference(logits, reference.logits, at) for name, (logits, at) in found.items()}
-    for name, difference in differences.items():
-        if not difference <= tolerance:
-            where = _first_layer_apart(session, ids_T, reference, tolerance)
-            raise IntegrityError(
-                f"{folder}: in {name} the logits differ by {difference:.2e} (at most {tolerance:.1e}); {where}"
-            )
-    greedy = session.greedy(ids_T[None, :PROMPT], GREEDY_TOKENS)
-    if not torch.equal(greedy, reference.greedy):
-        first = int((greedy != reference.greedy).nonzero()[0])
-        raise IntegrityError(f"{folder}: greedy token {first + 1} of {GREEDY_TOKENS} differs from the model's")
-    return {
-        "max_abs": max(differences.values()),
-        "relative": _relative(found["prefill"][0], reference.logits),
-        "greedy_equal": True,
-        "greedy_tokens": GREEDY_TOKENS,
-        "scenarios": differences,
-    }
+        reference = reference_of(module, ids_T)
+    return check_graph(Session(folder), reference, ids_T, folder)
 
 
 def static_sparse_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:

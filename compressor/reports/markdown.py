@@ -6,7 +6,7 @@ from typing import Any
 from compressor.reports.estimate import Estimate
 from compressor.reports.ledger import ExpertRow, Ledger, LedgerRow
 from compressor.reports.measurement import NOT_MEASURED, ByPart, Measurement, worst_domain, worst_domain_by_kl
-from compressor.reports.report import Report, Step
+from compressor.reports.report import Export, Report, Step
 
 REPRODUCE = "compress run recipe.yaml"
 VERDICTS = {"pass": "PASS", "regression": "REGRESSION", "inconclusive": "INCONCLUSIVE"}
@@ -266,8 +266,20 @@ def _exports(report: Report) -> str:
         else:
             row += [_cell(export.parity.get(key)) for key in ("max_abs", "relative", "greedy_equal")]
         rows.append(row)
-    note = "Loaded back in a fresh process and compared with the live model's exact logits."
-    return f"## Exports\n\n{_table(header, rows)}\n\n{note}"
+    notes = ["Loaded back and compared with the live model's exact logits.", *map(export_note, report.exports)]
+    return f"## Exports\n\n{_table(header, rows)}\n\n" + " ".join(note for note in notes if note)
+
+
+def export_note(export: Export) -> str:
+    """What a runtime's fast arithmetic changes beside the export itself; empty where nothing is known of it."""
+    drift = (export.parity or {}).get("drift")
+    if not isinstance(drift, Mapping):
+        return ""
+    level = (export.parity or {}).get("accuracy_level")
+    return (
+        f"{export.format} at accuracy_level {level} drifts from exact arithmetic by KL {number(drift['kl_mean'])} nats "
+        f"a token, {number(100 * drift['top1_agreement'])} % of the first choices stay."
+    )
 
 
 def _environment(report: Report) -> str:

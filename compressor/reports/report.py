@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from compressor.checkpoint.writer import write_json
 from compressor.errors import EnvironmentProblem, IntegrityError
@@ -44,13 +44,14 @@ class Step:
 class Export:
     """One exported folder or file (`path` relative to the report), loaded back and compared with the live model.
 
-    `parity` holds max_abs and relative (of the logits) and greedy_equal; None with `parity_reason` if not compared.
+    `parity` holds max_abs and relative (of the logits), greedy_equal, and what a format adds (docs/onnx.md); None with
+    `parity_reason` if not compared.
     """
 
     format: str
     path: str
     bytes: int
-    parity: Mapping[str, float | int | bool] | None = None
+    parity: Mapping[str, Any] | None = None
     parity_reason: str | None = None
 
 

@@ -16,7 +16,7 @@ from compressor.errors import EnvironmentProblem, IntegrityError, RecipeError
 from compressor.exporters import export_safetensors
 from compressor.metrics import TextSet, measure_accuracy, measure_baseline
 from compressor.models import load_model, wrap_live
-from compressor.pipeline import run, running
+from compressor.pipeline import exporting, run
 from compressor.pipeline.bisecting import bisect
 from compressor.pipeline.measuring import evaluation_texts
 from compressor.pipeline.mixtures import Pair, expert_errors
@@ -93,7 +93,7 @@ def finished(llama_folder, evaluate, tmp_path_factory):
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # that the export loads back is tested elsewhere, in a process of its own
-        patch.setattr(running, "compare_reloaded", lambda *_, **__: {"relative": 0.0})
+        patch.setattr(exporting, "compare_reloaded", lambda *_, **__: {"relative": 0.0})
         return run(root / "recipe.yaml", root / "out").out
 
 

@@ -74,6 +74,18 @@ def test_load_gives_a_module_that_is_called_like_a_model(world):
     assert torch.allclose(dense.float(), onnx, atol=1e-4)
 
 
+def test_a_16_bit_graph_is_proven_by_its_twin(world):
+    """No CPU kernel runs it; the float32 graph of the same codes is compared, and does not stay behind."""
+    import onnx
+
+    written = export(world["dense"], world["root"] / "half", "onnx", {"dtype": "float16"})
+    assert (written["parity"]["of"], written["parity"]["max_abs"] <= 1e-4) == ("its float32 twin", True)
+    graph = onnx.load(world["root"] / "half" / "model.onnx", load_external_data=False).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]}
+    assert kinds["logits"] == kinds["past_key_values.0.key"] == onnx.TensorProto.FLOAT16
+    assert sorted(path.name for path in world["root"].glob("*half*")) == ["half"]
+
+
 def test_a_graph_is_not_exported_again(world):
     """It holds no codes that another format could take."""
     with pytest.raises(RecipeError, match="is an ONNX folder; give the model"):

@@ -221,7 +221,7 @@ def test_report_has_two_formats(run_folder, capsys, format, start):
         ["generate", "m", "p", "--max-new-tokens", "x"],
         ["report", "r", "--format", "pdf"],
         ["measure", "m", "--text", "a=1", "--text", "a=2"],
-        ["export", "r", "--to", "onnx", "--out", "o"],
+        ["export", "r", "--to", "onxx", "--out", "o"],
         ["gate", "r"],
     ],
     ids=" ".join,

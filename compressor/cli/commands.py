@@ -156,6 +156,7 @@ def export(
         list[str] | None,
         typer.Option("--set", metavar="OPTION=VALUE", help="An option of the format: type=q4_k_m. Repeatable."),
     ] = None,
+    shard: Annotated[str | None, typer.Option(help="Largest size of one file of safetensors, such as 5GB.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -163,8 +164,8 @@ def export(
     """Write a model in another format."""
     from compressor.recipe import parse_export, parse_settings
 
-    options = parse_settings(settings or ())
-    parse_export(to, options)  # complaints come before anything heavy is imported
+    given = parse_settings(settings or ()) | ({} if shard is None else {"shard": shard})
+    options = dict(parse_export(to, given))  # complaints come before anything heavy is imported
     from compressor import pipeline
 
     written = pipeline.export(folder, out, to, options)

@@ -46,7 +46,7 @@ def test_types_that_would_round_codes_again_are_refused(codes, type, error, word
 )  # fmt: skip
 def test_types_that_hold_the_codes_are_not_refused(codes, type):
     """What is refused above is refused for its reason, and not by the lot."""
-    refuse_gguf(AutoConfig.for_model("llama"), {NAME: spec(codes)}, type)
+    assert refuse_gguf(AutoConfig.for_model("llama"), {NAME: spec(codes)}, type) is None
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,5 @@ def test_stored_rotary_frequencies_are_dropped(checkpoint):
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     edit_tensors(checkpoint, lambda tensors: tensors.update(frequencies))
     open_all(checkpoint)
+    kept = load_model(str(checkpoint)).skeleton.model.rotary_emb.inv_freq
+    assert kept[-1] < 0.01  # 10000 ** (-7 / 8), not the 1 of the file

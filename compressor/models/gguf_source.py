@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from compressor.checkpoint import ShardWriter, file_sha256
-from compressor.errors import EnvironmentProblem, IntegrityError
+from compressor.errors import EnvironmentProblem, IntegrityError, UnsupportedModel
 from compressor.models.families import family_of
 from compressor.models.transformers_io import build_skeleton, quiet
 
@@ -23,7 +23,10 @@ def cache_folder() -> Path:
 
 
 def dense_folder(path: Path) -> Path:
-    """The dequantized checkpoint (bfloat16) of a GGUF file, made on first use and kept by the file's hash."""
+    """The dequantized checkpoint (bfloat16) of a GGUF file, made on first use and kept by the file's hash.
+
+    UnsupportedModel for a Mixtral, whose experts transformers passes over in silence.
+    """
     try:
         import gguf  # noqa: F401  (transformers' reader needs it)
     except ImportError:
@@ -42,11 +45,14 @@ def dense_folder(path: Path) -> Path:
 
 
 def _convert(path: Path, out: Path) -> None:
+    import gguf
     from transformers import AutoConfig, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     with quiet():
         try:
+            if "llama.expert_count" in gguf.GGUFReader(path).fields:
+                raise UnsupportedModel(f"{path}: transformers reads no Mixtral from GGUF; give its safetensors folder")
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             skeleton = build_skeleton(config, torch.bfloat16, family_of(config.model_type, str(path)))

@@ -22,7 +22,11 @@ from tests.tiny_models import FAMILIES, rough_vectors, tiny_model, tiny_tokenize
 
 # What a family's GGUF architecture asks, where the tiny model of the other tests has it another way
 SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
     "gemma2": {"sliding_window": 64, "tie_word_embeddings": True},
+    # each sixth layer sees everything; theta is another there, and the last layer is one with a window
+    "gemma3_text": {"num_hidden_layers": 7, "layer_types": None, "sliding_window": 8, "initializer_range": 0.1},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None, "num_key_value_heads": 4},
     "qwen2_moe": {"norm_topk_prob": False},
 }
 LLAMA3_SPLIT = (
@@ -107,6 +111,21 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE with byte fallback and nothing in front of a text but `<bos>`, like Gemma's."""
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), *"▁theacsomd", "he", "the", "▁the", "at", "▁c", "▁cat"]
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {piece: i + 4 for i, piece in enumerate(pieces)}
+    merges = [("h", "e"), ("t", "he"), ("▁", "the"), ("a", "t"), ("▁", "c"), ("▁c", "at")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.exporters.gguf import export
 from compressor.exporters.gguf.tokenizer import split_name
-from compressor.models import wrap_live
+from compressor.models import load_model, wrap_live
 from tests.exporters.gguf_models import (
     TEXT,
     byte_level_tokenizer,
@@ -117,6 +117,41 @@ def test_metadata_has_the_model_s_numbers(tmp_path):
         "qwen2moe.feed_forward_length": 160, "qwen2moe.expert_used_count": 2, "qwen2moe.vocab_size": 257,
     }  # fmt: skip
     assert {key: fields[key] for key in expected} == expected
+
+
+def test_metadata_of_gemma_3_has_both_rotations(tmp_path):
+    """Of layers with a window and of the others; which those are only where it is not each sixth."""
+    model = tiny_gguf_model("gemma3_text", max_position_embeddings=8)
+    fields = file_fields(exported(model, tmp_path).file)
+    expected = {
+        "general.architecture": "gemma3", "gemma3.attention.sliding_window": 8, "gemma3.rope.freq_base": 1e6,
+        "gemma3.rope.freq_base_swa": 1e4,
+    }  # fmt: skip
+    assert {key: fields[key] for key in expected} == expected
+    assert "gemma3.attention.sliding_window_pattern" not in fields
+
+    windows = ["full_attention", "sliding_attention"]
+    written = exported(tiny_gguf_model("gemma3_text", num_hidden_layers=2, layer_types=windows), tmp_path / "own")
+    assert file_fields(written.file)["gemma3.attention.sliding_window_pattern"] == [False, True]
+    assert any("not as in Gemma's own models" in note for note in written.notes)
+
+
+def test_metadata_of_mixtral_is_that_of_a_llama_with_experts(tmp_path):
+    """llama.cpp has no architecture of that name; the width of its experts is the feed-forward length."""
+    fields = file_fields(exported(tiny_gguf_model("mixtral"), tmp_path).file)
+    expected = {
+        "general.architecture": "llama", "llama.expert_count": 8, "llama.expert_used_count": 2,
+        "llama.feed_forward_length": 32,
+    }  # fmt: skip
+    assert {key: fields[key] for key in expected} == expected
+
+
+def test_mixtral_as_a_source_is_refused(tmp_path, monkeypatch):
+    """transformers would read it as a Llama without experts."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    file = exported(tiny_gguf_model("mixtral"), tmp_path).file
+    with pytest.raises(UnsupportedModel, match="reads no Mixtral from GGUF"):
+        load_model(str(file))
 
 
 def test_rotary_scaling_of_llama3_is_written_as_divisors(tmp_path):

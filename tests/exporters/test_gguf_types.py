@@ -9,14 +9,15 @@ from compressor.exporters.gguf import refuse_gguf
 from compressor.exporters.gguf.types import carried_type, dense_type, fitting, use_more_bits
 from compressor.quant import QuantSpec
 from tests.exporters.gguf_models import exported, file_fields, file_tensors, packed_values, quantized, tiny_gguf_model
+from tests.tiny_models import tiny_tokenizer
 
 NAME = "model.layers.0.mlp.up_proj"
 
 
 def spec(text: str) -> QuantSpec:
-    """A scheme out of its bits, s(ymmetric) or a(symmetric), and group: "4s-32", "8a-channel"."""
-    bits, kind, group = text[0], text[1], text[3:]
-    return QuantSpec(bits=int(bits), group_size=None if group == "channel" else int(group), symmetric=kind == "s")
+    """A scheme out of bits, s(ymmetric), a(symmetric) or w (inputs of 8 bits too), and group: "4s-32", "8a-channel"."""
+    bits, kind, group = int(text[0]), text[1], None if text[3:] == "channel" else int(text[3:])
+    return QuantSpec(bits, group, symmetric=kind != "a", activation_bits=8 if kind == "w" else None)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +31,15 @@ def spec(text: str) -> QuantSpec:
         ("8s-32", "q6_k", RecipeError, "q6_k would round"),
         ("8a-32", "auto", UnsupportedModel, "Q8_0 has no zero points; quantize with symmetric: true"),
         ("8a-32", "q8_0", UnsupportedModel, "no zero points"),
+        ("8w-channel", "q8_0", UnsupportedModel, "int8 activations, and GGUF says nothing of activations"),
+        ("8w-channel", "f32", UnsupportedModel, "quantize without `activations`"),
         ("4s-32", "q5_k_m", RecipeError, "no type 'q5_k_m'; possible are auto, f32, f16, bf16, q8_0, q4_0"),
     ],
 )
 def test_types_that_would_round_codes_again_are_refused(codes, type, error, words):
     """By config and schemes alone, naming the weight and what to do."""
     with pytest.raises(error, match=words):
-        refuse_gguf(AutoConfig.for_model("llama"), {NAME: spec(codes)}, type)
+        refuse_gguf(AutoConfig.for_model("llama"), tiny_tokenizer(), {NAME: spec(codes)}, type)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +49,31 @@ def test_types_that_would_round_codes_again_are_refused(codes, type, error, word
 )  # fmt: skip
 def test_types_that_hold_the_codes_are_not_refused(codes, type):
     """What is refused above is refused for its reason, and not by the lot."""
-    assert refuse_gguf(AutoConfig.for_model("llama"), {NAME: spec(codes)}, type) is None
+    assert refuse_gguf(AutoConfig.for_model("llama"), tiny_tokenizer(), {NAME: spec(codes)}, type) is None
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("olmoe", {}, "model type 'olmoe' is not possible in this version; possible are gemma2, llama"),
+        ("gpt2", {}, "model type 'gpt2' is not possible in this version; possible are gemma, gemma2, gemma3_text"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob true: its runtime takes the gates as they are"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0: its runtime clips nothing"),
+        ("olmoe", {"num_key_value_heads": 4}, "num_key_value_heads 4: its runtime expects one for each of the 16"),
+        ("olmoe", {"head_dim": 64}, "head_dim 64: its runtime expects hidden_size over heads"),
+        ("olmoe", {"tie_word_embeddings": True}, "tie_word_embeddings true: its runtime takes an output beside"),
+        ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings true: its runtime takes an output beside"),
+        ("olmoe", {"attention_bias": True}, "attention_bias true: its runtime has no biases there"),
+        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings false: its runtime takes the embedding"),
+        ("gemma", {"use_bidirectional_attention": True}, "its runtime looks back only"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping null: its runtime always bends"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window None: its runtime needs one"),
+        ("gemma3_text", {"query_pre_attn_scalar": 224}, "query_pre_attn_scalar 224: its runtime computes with 256"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 26}, "layer_types without sliding attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0: its runtime has none"),
+        ("gemma3_text", {"rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}},
+         "its runtime scales full attention only"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob false: its runtime takes the gates normalised"),
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob true: its runtime takes the gates as they are"),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "layers without experts"),
@@ -67,7 +88,24 @@ def test_types_that_hold_the_codes_are_not_refused(codes, type):
 def test_models_that_the_runtime_computes_another_way_are_refused(family, settings, words):
     """A file that loads and computes something else is worse than none."""
     with pytest.raises(UnsupportedModel, match=words):
-        refuse_gguf(AutoConfig.for_model(family, **settings), {}, "auto")
+        refuse_gguf(AutoConfig.for_model(family, **settings), tiny_tokenizer(), {}, "auto")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma", {"hidden_act": "gelu"}),  # as the released config has it; transformers computes the other one
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"num_hidden_layers": 62, "num_attention_heads": 32, "hidden_size": 5376,
+                         "query_pre_attn_scalar": 168, "head_dim": 128}),  # Gemma 3 27B
+        ("mixtral", {}),
+        ("olmoe", {}),
+    ],
+)  # fmt: skip
+def test_models_as_they_were_released_are_not_refused(family, settings):
+    """transformers' defaults are the first model of each family."""
+    assert refuse_gguf(AutoConfig.for_model(family, **settings), tiny_tokenizer(), {}, "auto") is None
 
 
 @pytest.mark.parametrize(

@@ -66,16 +66,17 @@ class Planned:
         return prod(self.shape[:-1]) * row_bytes(self.chosen.type, self.shape[-1])
 
 
-def refuse_gguf(config: Any, schemes: Mapping[str, QuantSpec], type: str) -> None:
-    """Raise what `export_gguf` would raise for this config and these quantized weights, before there are any weights.
+def refuse_gguf(config: Any, tokenizer: Any, schemes: Mapping[str, QuantSpec], type: str) -> None:
+    """Raise what `export_gguf` would raise for this model and these quantized weights, before there are any weights.
 
     RecipeError: the type does not exist, or would round codes again; UnsupportedModel: the family, a setting of the
-    config, or codes that no type of GGUF holds; EnvironmentProblem: the package `gguf` is missing.
+    config, a tokenizer or codes that GGUF cannot hold; EnvironmentProblem: the package `gguf` is missing.
     """
     check_type(type)
     require_gguf()
     architecture_of(config)
     refuse_schemes(schemes, type)
+    read_vocabulary(tokenizer, config.vocab_size)
 
 
 def export_gguf(model: Model, folder: Path, *, type: str = AUTO) -> Exported:
@@ -84,10 +85,10 @@ def export_gguf(model: Model, folder: Path, *, type: str = AUTO) -> Exported:
     With `auto` codes are carried over and other weights keep their dtype; what float16 scales round of that is counted
     in `inexact`. A type by name is what llama.cpp's quantizer makes under it of dense weights (q4_k_m: its mix); codes
     are carried over there too, or refused. Holds one block of the model at a time; the file appears under its name when
-    it is whole and on the disk. Raises what `refuse_gguf` says, UnsupportedModel for a tokenizer that GGUF cannot hold,
-    EnvironmentProblem for a full disk.
+    it is whole and on the disk. Raises what `refuse_gguf` says, and EnvironmentProblem for a full disk.
     """
-    refuse_gguf(model.config, {}, type)
+    check_type(type)
+    require_gguf()
     architecture = architecture_of(model.config)
     vocabulary = read_vocabulary(model.tokenizer, model.config.vocab_size)
     planned = _plan(model, architecture, type)
@@ -126,9 +127,9 @@ def _planned(weight: Weight, layer: int, num_layers: int, type: str) -> Planned:
     if spec is None:
         chosen = dense_type(weight.kind, width, type, weight.dtype, more_bits=use_more_bits(layer, num_layers))
         return Planned(weight.name, weight.shape, chosen, 0, chosen.type in ("F32", weight.dtype))
+    refuse_scheme(weight.source, spec, type)
     if type in ("f32", "f16", "bf16"):
         return Planned(weight.name, weight.shape, Chosen(type.upper()), 0, type == "f32")
-    refuse_scheme(weight.source, spec, type)
     scales, zeros = weight.grid()
     # Q4_1 alone rounds minima: not asked for by name, it is taken only where it is as exact as Q5_0
     minima_round = inexact(scales, zeros, spec, "Q5_0") == 0 < inexact(scales, zeros, spec, "Q4_1")

@@ -1,4 +1,4 @@
-"""Load a GGUF file back with stock transformers in a fresh process and compare it with the live model.
+"""Load a GGUF file back with transformers in a fresh process and compare it with the live model.
 
 N windows, T tokens in a window.
 """
@@ -21,7 +21,7 @@ from compressor.exporters.gguf import reload
 from compressor.exporters.gguf.architectures import architecture_of
 from compressor.exporters.gguf.export import LOSSLESS
 from compressor.exporters.gguf.library import require_gguf
-from compressor.exporters.gguf.reload import probe
+from compressor.exporters.gguf.reload import UNKNOWN_TO_READER, probe
 from compressor.exporters.gguf.weights import block_weights, names_of, rest_weights
 from compressor.exporters.parity import NEW_TOKENS, live_logits, relative_difference
 from compressor.layers import CANONICAL, PackedExperts, PackedLinear, packed_weights
@@ -37,11 +37,12 @@ ROUNDING = {
 }  # fmt: skip
 
 
-def compare_gguf(model: Model, file: Path, ids_NT: Tensor) -> dict[str, float | int | bool]:
-    """Parity of a GGUF file: `max_abs`, `relative` (of the logits), `greedy_equal`, `greedy_tokens`.
+def compare_gguf(model: Model, file: Path, ids_NT: Tensor) -> dict[str, float | int | bool | str]:
+    """Parity of a GGUF file: `max_abs`, `relative` (of the logits), `greedy_equal`, `greedy_tokens`, `read_by`.
 
-    Both sides compute in float32. Raises IntegrityError where transformers does not load the file, or its metadata, a
-    weight or (of a file that rounds nothing) the logits or greedy tokens differ by more than the file's types explain.
+    Both sides compute in float32, with transformers; the file is read by `transformers` too, or by `compressor` where
+    its reader does not know the family. Raises IntegrityError where the file does not load, or its metadata, a weight
+    or (of a file that rounds nothing) the logits or greedy tokens differ by more than the file's types explain.
     """
     require_gguf()
     prompt = ids_NT[:1, : ids_NT.shape[1] // 2].clone()
@@ -59,7 +60,13 @@ def compare_gguf(model: Model, file: Path, ids_NT: Tensor) -> dict[str, float | 
             f"(at most {TOLERANCE:g}), {NEW_TOKENS} greedy tokens are {'equal' if same else 'different'}"
         )
     max_abs = float((found - expected).abs().max())
-    return {"max_abs": max_abs, "relative": relative, "greedy_equal": same, "greedy_tokens": NEW_TOKENS}
+    return {
+        "max_abs": max_abs,
+        "relative": relative,
+        "greedy_equal": same,
+        "greedy_tokens": NEW_TOKENS,
+        "read_by": "compressor" if model.config.model_type in UNKNOWN_TO_READER else "transformers",
+    }
 
 
 @contextmanager
@@ -93,7 +100,7 @@ def _probes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _reload(model: Model, file: Path, ids_NT: Tensor, prompt: Tensor) -> dict[str, Tensor]:
-    """What stock transformers computes with the file in a process of its own."""
+    """What transformers computes with the file in a process of its own."""
     skeleton: Any = model.skeleton
     said = {
         "config": model.config.to_json_string(use_diff=False),
@@ -107,7 +114,7 @@ def _reload(model: Model, file: Path, ids_NT: Tensor, prompt: Tensor) -> dict[st
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise IntegrityError(f"{file}: stock transformers does not load this file back:\n{tail}")
+            raise IntegrityError(f"{file}: this file does not load back:\n{tail}")
         return load_file(result)
 
 

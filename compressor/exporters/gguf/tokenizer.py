@@ -43,7 +43,7 @@ class Vocabulary:
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     """The vocabulary of a fast tokenizer, padded with unused tokens to the embedding's `size`.
 
-    UnsupportedModel where there is no tokenizer, or it is no BPE.
+    UnsupportedModel where there is no tokenizer, or it is no BPE over bytes.
     """
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
@@ -58,6 +58,10 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if model.get("byte_fallback"):
         scores = _scores(tokens, merges)
         return Vocabulary("llama", tokens, types, scores=scores, add_space_prefix=_has_space_prefix(document))
+    if not _is_byte_level(document):
+        raise UnsupportedModel(
+            "export.gguf: a BPE tokenizer without bytes (byte_fallback, or a ByteLevel pre-tokenizer) is not possible"
+        )
     if any(" " in part for merge in model["merges"] if not isinstance(merge, str) for part in merge):
         raise UnsupportedModel("export.gguf: merges of tokens that hold spaces are not possible in GGUF")
     vocabulary = Vocabulary("gpt2", tokens, types, merges=merges, pre=split_name(document["pre_tokenizer"]))
@@ -111,6 +115,12 @@ def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
     if len(before) == 1 and before[0]["type"] == "Split" and not before[0]["invert"]:
         return SPLITS.get(before[0]["pattern"].get("Regex", ""), UNKNOWN_SPLIT)
     return UNKNOWN_SPLIT
+
+
+def _is_byte_level(document: dict[str, Any]) -> bool:
+    """Whether text is split into the characters that stand for bytes before merging."""
+    pre = document.get("pre_tokenizer") or {}
+    return any(step.get("type") == "ByteLevel" for step in pre.get("pretokenizers", [pre]))
 
 
 def _tokens(document: dict[str, Any], size: int) -> tuple[list[str], list[int]]:

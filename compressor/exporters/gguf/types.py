@@ -46,7 +46,12 @@ def refuse_schemes(schemes: Mapping[str, QuantSpec], type: str) -> None:
 
 
 def refuse_scheme(name: str, spec: QuantSpec, type: str) -> None:
-    """The same for one weight."""
+    """The same for one weight; UnsupportedModel also where its inputs are to be rounded."""
+    if spec.activation_bits is not None:
+        raise UnsupportedModel(
+            f"export.gguf: {name} is {spec}, and GGUF says nothing of activations: its runtimes round them their own "
+            "way; quantize without `activations`, or export to safetensors"
+        )
     if type in ("f32", "f16", "bf16"):
         return
     if type in ("q4_k_m", "q6_k"):

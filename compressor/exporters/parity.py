@@ -3,6 +3,7 @@
 N windows, T tokens in a window, V vocabulary.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,9 @@ def compare_reloaded(model: Model, folder: Path, ids_NT: Tensor) -> dict[str, fl
         request, result = Path(scratch) / "request.safetensors", Path(scratch) / "result.safetensors"
         save_file({"ids": ids_NT, "prompt": prompt, "new_tokens": torch.tensor(NEW_TOKENS)}, request)
         command = [sys.executable, "-m", "compressor.exporters.reload", str(folder), str(request), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # As many threads as here: sums depend on it, and a sum's last bit can move an int8 activation by a whole step
+        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
         if done.returncode != 0:
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise IntegrityError(f"{folder}: stock transformers does not load this export back:\n{tail}")

@@ -1,4 +1,6 @@
-"""Export to safetensors in the compressed-tensors layout `pack-quantized` (docs/format.md), one block at a time.
+"""Export to safetensors in layouts of compressed-tensors (docs/format.md), one block at a time.
+
+`pack-quantized` for weights alone, `int-quantized` for int8 weights that meet int8 activations.
 
 O output features, I input features, G groups, E experts.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 from compressor.checkpoint import ShardWriter, write_json
 from compressor.layers import PackedWeight
 from compressor.models import Block, ExpertStack, Model, disk_names
+from compressor.models.packed_source import INPUTS
 from compressor.quant import QuantizedTensor, QuantSpec, pack_codes
 
 # Files that travel with the weights, byte for byte, where the source has them
@@ -58,6 +61,8 @@ def export_safetensors(model: Model, folder: Path, *, shard_bytes: int) -> Expor
 
 def packed_tensors(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors on disk of one quantized weight `[O, I]`."""
+    if quantized.spec.activation_bits:
+        return {f"{name}.weight": quantized.codes, f"{name}.weight_scale": quantized.scales}
     bits = quantized.spec.bits
     tensors = {
         f"{name}.weight_packed": pack_codes(quantized.codes, bits),
@@ -91,6 +96,7 @@ def quantization_config(schemes: dict[str, QuantSpec], dense: list[str], experts
     by_scheme: dict[QuantSpec, list[str]] = {}
     for name, spec in schemes.items():
         by_scheme.setdefault(spec, []).append(name)
+    layout = "int-quantized" if any(spec.activation_bits for spec in by_scheme) else "pack-quantized"
     groups = {}
     for i, (spec, names) in enumerate(sorted(by_scheme.items(), key=lambda item: str(item[0]))):
         groups[f"group_{i}"] = {
@@ -104,13 +110,13 @@ def quantization_config(schemes: dict[str, QuantSpec], dense: list[str], experts
                 "dynamic": False,
                 "actorder": None,
             },
-            "input_activations": None,
+            "input_activations": INPUTS | {"group_size": None, "actorder": None} if spec.activation_bits else None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": layout,
         }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(dense),

@@ -19,7 +19,8 @@ CPU = "cpu"  # ATen's int4pack, or plain int8 codes with one scale a row
 class PackedWeight(nn.Module):
     """Codes and scales of one weight `[O, I]` or of a stack `[E, O, I]`; no dense copy is kept.
 
-    In the canonical layout products are exact: the weight is dequantized to the dtype of the activations.
+    In the canonical layout products are exact: the weight is dequantized to the dtype of the activations, and these are
+    rounded to int8 first where the spec says so (`rounded_inputs`).
     `relayout("cpu")` moves to the layout of the fast op where there is one for this spec and shape (`fast_layout`).
     """
 
@@ -77,6 +78,8 @@ class PackedWeight(nn.Module):
         *_, out_features, in_features = self.shape
         if self.spec.bits == 4 and self._int4_group() and out_features % ops.INT4_ROW_MULTIPLE == 0:
             return CPU
+        if self.spec.activation_bits and not ops.adds_bytes_exactly():
+            return None
         if self.spec.bits == 8 and self.spec.symmetric and self.spec.group_size is None and in_features % 4 == 0:
             return CPU
         return None
@@ -92,15 +95,22 @@ class PackedWeight(nn.Module):
             self.words = unpack_codes(self.words, 8, in_features) if layout == CPU else pack_codes(self.words, 8)
         self.layout = layout
 
-    def matmul(self, x_MI: Tensor, expert: int | None = None) -> Tensor:
-        """x times the transposed weight (of one expert), `[M, O]`."""
+    def matmul(self, x_MI: Tensor, expert: int | None = None, bias_O: Tensor | None = None) -> Tensor:
+        """x times the transposed weight (of one expert), `[M, O]`, and the bias."""
         if self.layout == CANONICAL:
-            return nn.functional.linear(x_MI, self.dequantize(x_MI.dtype, expert))
+            x = rounded_inputs(x_MI) if self.spec.activation_bits else x_MI
+            return nn.functional.linear(x, self.dequantize(x_MI.dtype, expert), bias_O)
+        product = self._fast_product(x_MI, expert)
+        return product if bias_O is None else product + bias_O
+
+    def _fast_product(self, x_MI: Tensor, expert: int | None) -> Tensor:
         words, scales = (self.words, self.scales) if expert is None else (self.words[expert], self.scales[expert])
         if self.spec.bits == 4:
             group_size = self._int4_group()
             assert group_size is not None
             return torch.ops.compressor.int4_linear(x_MI, words, scales, group_size)
+        if self.spec.activation_bits:
+            return torch.ops.compressor.w8a8_linear(x_MI, words, scales.flatten().float())
         # the op takes bfloat16 only; scales of a float16 or float32 model are kept as they are
         return torch.ops.compressor.int8_linear(x_MI, words, scales.flatten().to(torch.bfloat16))
 
@@ -154,8 +164,28 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.packed.matmul(x.reshape(-1, self.in_features)).unflatten(0, x.shape[:-1])
-        return result if self.bias is None else result + self.bias
+        return self.packed.matmul(x.reshape(-1, self.in_features), bias_O=self.bias).unflatten(0, x.shape[:-1])
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """A linear layer that computes the same with a dense weight, exactly."""
+        kind = RoundingLinear if self.packed.spec.activation_bits else nn.Linear
+        dense = kind(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.packed.dequantize(dtype), requires_grad=False)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense
+
+
+class RoundingLinear(nn.Linear):
+    """A linear layer that rounds its inputs to int8, one scale a token: the exact form of W8A8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(rounded_inputs(x), self.weight, self.bias)
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """The values that int8 codes with one scale a token stand for, in x's dtype; in float32 as stock loaders do it."""
+    codes, scales = ops.token_codes(x)
+    return (codes * scales).to(x.dtype)
 
 
 class PackedExperts(nn.Module):

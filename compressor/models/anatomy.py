@@ -168,6 +168,7 @@ class Block:
                 "bits": spec.bits,
                 "group_size": spec.group_size,
                 "symmetric": spec.symmetric,
+                "activation_bits": spec.activation_bits,
                 "shape": list(weight.shape),
                 "dtype": str(weight.scales.dtype).removeprefix("torch."),
             }
@@ -233,10 +234,7 @@ def dequantized(block: Block, dtype: torch.dtype) -> Iterator[None]:
         for site in block.sites:
             packed = site.module
             if isinstance(packed, PackedLinear):
-                dense = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-                dense.weight = nn.Parameter(packed.packed.dequantize(dtype), requires_grad=False)
-                dense.bias = packed.bias  # type: ignore[assignment]
-                block.module.set_submodule(site.path, dense)
+                block.module.set_submodule(site.path, packed.dense(dtype))
                 replaced.append((site.path, packed))
         if block.experts and block.experts.is_packed:
             packed = block.experts.module

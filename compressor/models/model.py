@@ -26,6 +26,7 @@ from compressor.models.transformers_io import build_skeleton, load_tensors, miss
 from compressor.quant import QuantSpec
 
 REST = "rest.safetensors"  # embedding, norm and head of a generation, where a pass changed them
+TABLES = ("_parameters", "_buffers", "_modules")  # what a torch module keeps its parts in
 
 
 @dataclass(frozen=True)
@@ -289,16 +290,18 @@ class Model:
         return generation / "blocks" / f"{k}.safetensors"
 
     def _snapshot(self) -> None:
-        """Remember the empty blocks, to which `_unload_block` returns."""
+        """Remember the empty blocks, to which `_unload_block` returns.
+
+        Every dict as a copy: a module's own ones are filled when it is loaded, and would keep its weights for good.
+        """
         self._empty = [
-            [(m, dict(m._parameters), dict(m._buffers), dict(m._modules), dict(m.__dict__)) for m in block.modules()]
+            [(m, {name: dict(v) if name in TABLES else v for name, v in vars(m).items()}) for m in block.modules()]
             for block in self.blocks
         ]
 
     def _unload_block(self, k: int) -> None:
-        for module, parameters, buffers, modules, attributes in self._empty[k]:
-            module.__dict__.update(attributes)
-            module._parameters, module._buffers, module._modules = dict(parameters), dict(buffers), dict(modules)
+        for module, attributes in self._empty[k]:
+            vars(module).update({name: dict(v) if name in TABLES else v for name, v in attributes.items()})
 
     def _rebuild(self) -> None:
         """A new skeleton for the generation's config (expert counts may have changed)."""
@@ -338,8 +341,7 @@ class Model:
             keys = [key for key in self.reader.keys() if key.startswith(f"{name}.")]  # noqa: SIM118
             tensors = self.reader.tensors(keys)
             if packed_source.is_packed(self.config):
-                channel = packed_source.has_channel_scales(self.config)
-                tensors = packed_source.install(self.anatomy(k), tensors, channel=channel)
+                tensors = packed_source.install(self.anatomy(k), tensors, self.config)
             self._fill(tensors)
         missing = missing_weights(self.blocks[k])
         if missing:
@@ -365,7 +367,7 @@ def _restore(block: Block, path: Path) -> None:
 
 
 def _empty_packed(entry: dict[str, Any]) -> PackedWeight:
-    spec = QuantSpec(bits=entry["bits"], group_size=entry["group_size"], symmetric=entry["symmetric"])
+    spec = QuantSpec(entry["bits"], entry["group_size"], entry["symmetric"], entry["activation_bits"])
     return PackedWeight(spec, tuple(entry["shape"]), getattr(torch, entry["dtype"]), device="meta")
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from compressor.algorithms.gptq import NotPositiveDefinite, gptq
@@ -35,6 +35,11 @@ class Quantize(BaseModel):
         description="weights that share a scale; where it does not divide a row, the largest smaller group that does",
     )
     symmetric: bool = True
+    activations: Literal["int8"] | None = Field(
+        None,
+        description="int8: inputs are rounded to int8 too while the model runs, one scale a token (W8A8); needs "
+        "bits: 8, group_size: channel, symmetric: true",
+    )
     scale_search: Literal["weighted", "mse", "minmax"] = Field(
         "weighted",
         description="what a scale is chosen by: activation-weighted error, plain error, or the largest weight",
@@ -42,6 +47,20 @@ class Quantize(BaseModel):
     damping: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal added to it (gptq)")
     ignore: tuple[str, ...] = Field(("lm_head",), description="glob patterns of weights to leave alone")
     calibration: Calibration | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Quantize":
+        if self.activations and (self.bits != 8 or self.group_size != "channel" or not self.symmetric):
+            raise ValueError(
+                f"activations: {self.activations} needs bits: 8, group_size: channel and symmetric: true; they are "
+                f"{self.bits}, {self.group_size} and {str(self.symmetric).lower()}"
+            )
+        return self
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits that inputs are rounded to while the model runs."""
+        return 8 if self.activations else None
 
     @property
     def observes(self) -> bool:
@@ -51,7 +70,7 @@ class Quantize(BaseModel):
     def spec_for(self, widths: set[int], names: str) -> QuantSpec:
         """The scheme of weights that share one: the asked group, or the largest smaller one that divides all rows."""
         if self.group_size == "channel":
-            return QuantSpec(bits=self.bits, group_size=None, symmetric=self.symmetric)
+            return QuantSpec(self.bits, None, self.symmetric, self.activation_bits)
         for group in sorted((g for g in GROUP_SIZES if g <= self.group_size), reverse=True):
             if all(width % group == 0 for width in widths):
                 return QuantSpec(bits=self.bits, group_size=group, symmetric=self.symmetric)
@@ -83,6 +102,11 @@ class Quantize(BaseModel):
             raise UnsupportedModel(
                 "quantize.symmetric: stock transformers cannot load asymmetric experts (docs/decisions.md); "
                 "use symmetric: true, or ignore the experts"
+            )
+        if stacks and not all(stacks) and self.activations:
+            raise UnsupportedModel(
+                "quantize.activations: stock transformers neither loads int8 experts with int8 activations nor would "
+                "round what reaches them (docs/decisions.md); leave `activations` out, or ignore the experts"
             )
         return rows + rest_rows(model)
 

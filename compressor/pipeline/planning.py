@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, model: Model) -> Plan:
             actions[row.action] += row.parameters
             if row.action == "quantized":
                 schemes[row.name] = row
-                specs[row.name] = QuantSpec(int(row.bits), row.group_size, options.symmetric)
+                specs[row.name] = QuantSpec(int(row.bits), row.group_size, options.symmetric, options.activation_bits)
         _check_experts(recipe, rows, model)
         notes += sorted({f"{kind_of(step, PASSES)}: {row.reason}" for row in rows if "does not divide" in row.reason})
         flops += _flops(options, recipe, parameters)

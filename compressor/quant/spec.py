@@ -1,4 +1,4 @@
-"""What a quantized weight may look like: bits, group and symmetry."""
+"""What a quantized weight may look like: bits, group, symmetry, and what happens to the inputs that it meets."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,13 @@ class QuantSpec:
 
     Symmetric weights are `codes * scale`, asymmetric ones `(codes - zero) * scale`; codes are signed in both cases,
     from -2^(bits-1) to 2^(bits-1) - 1, as in the compressed-tensors layout (docs/format.md).
+    `activation_bits` 8: inputs are rounded to int8 when they arrive, with one scale a token (W8A8).
     """
 
     bits: int
     group_size: int | None
     symmetric: bool = True
+    activation_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -24,6 +26,15 @@ class QuantSpec:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ValueError(
                 f"group_size is {self.group_size}; possible are {', '.join(map(str, GROUP_SIZES))} or None"
+            )
+        if self.activation_bits is None:
+            return
+        if self.activation_bits != 8:
+            raise ValueError(f"activation_bits is {self.activation_bits}; possible are 8 or None")
+        if self.bits != 8 or self.group_size is not None or not self.symmetric:
+            weights = f"bits {self.bits}, group_size {self.group_size}, symmetric {self.symmetric}"
+            raise ValueError(
+                f"activation_bits 8 needs weights of bits 8, group_size None, symmetric True; they are {weights}"
             )
 
     @property
@@ -44,4 +55,5 @@ class QuantSpec:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"group {self.group_size}"
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {group}"
+        weights = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {group}"
+        return weights if self.activation_bits is None else f"{weights}, int{self.activation_bits} activations"

@@ -5,7 +5,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,11 +17,12 @@ from pydantic import (
     SerializeAsAny,
     field_serializer,
     field_validator,
+    model_validator,
 )
 from ruamel.yaml import YAML
 
 from compressor.calibration.tokens import DEMO_TEXT, Calibration
-from compressor.exporters.onnx import OnnxSettings
+from compressor.exporters.onnx import OnnxSettings, Rounding
 from compressor.gates import Policy
 from compressor.metrics.behaviour.options import Bias, Generation, Ood, Refusals, Robustness
 from compressor.metrics.tasks.options import Task
@@ -102,9 +103,31 @@ class Onnx(Options):
         "auto", description="How embedding and head are stored; auto: int8 in a quantized model, else as dtype."
     )
 
+    weights: Literal["int4", "int8"] | None = Field(
+        None, description="Rounds a model of a family that passes do not know; others have their codes from a pass."
+    )
+    group_size: Literal[32, 64, 128] | None = Field(
+        None, description="With weights: how many neighbours share a scale; 32."
+    )
+    head: Literal["int8"] | None = Field(None, description="With weights: also the output head; else it stays float.")
+
+    @model_validator(mode="after")
+    def _with_weights(self) -> Self:
+        for name in ("group_size", "head"):
+            if self.weights is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to `weights: int4` or `weights: int8`")
+        return self
+
     def settings(self) -> OnnxSettings:
         """As the writer takes them."""
-        return OnnxSettings(**self.model_dump())
+        return OnnxSettings(dtype=self.dtype, accuracy_level=self.accuracy_level, embedding=self.embedding)
+
+    def rounding(self) -> Rounding | None:
+        """How weights of a family that passes do not know are rounded; None for not at all."""
+        if self.weights is None:
+            return None
+        bits = {"int4": 4, "int8": 8}[self.weights]
+        return Rounding(bits, self.group_size or 32, self.accuracy_level, head=self.head is not None)
 
 
 class Gguf(Options):

@@ -57,7 +57,7 @@ class OnnxModel(nn.Module):
         self._names = _cache_names(self._inputs, [value.name for value in self.session.get_outputs()], file.path)
         past = self._inputs[self._names[0][0]]
         self._cache_dtype = dtype_of(past, file.path)
-        self._cache_shape = _cache_shape(past, self.config, file.path)
+        self._cache_shapes = [_cache_shape(self._inputs[name], self.config, file.path) for name, _ in self._names]
         self._token_dtypes = {name: dtype_of(self._inputs[name], file.path) for name in TOKENS if name in self._inputs}
         logits = next(value for value in self.session.get_outputs() if value.name == LOGITS)
         self._logits_dtype = dtype_of(logits, file.path)
@@ -78,7 +78,7 @@ class OnnxModel(nn.Module):
         """An empty cache for so many sequences."""
         binding = self.session.io_binding()
         storage = (SharedStorage if self._shares_cache else GrowingStorage)(
-            binding, self._names, (batch, *self._cache_shape), self._cache_dtype
+            binding, self._names, batch, self._cache_shapes, self._cache_dtype
         )
         return OnnxCache(binding, storage, batch)
 

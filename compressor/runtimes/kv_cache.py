@@ -16,13 +16,14 @@ ROOM = 128
 PAST, PRESENT = "past_key_values", "present"
 
 Names = Sequence[tuple[str, str]]
+Shapes = Sequence[tuple[int, int]]  # heads and width of each past: keys may be wider than values (DeepSeek)
 
 
 class SharedStorage:
     """One buffer `[B, H, room, W]` for each past, read and appended to: GroupQueryAttention writes in place."""
 
-    def __init__(self, binding: Any, names: Names, shape: tuple[int, int, int], dtype: torch.dtype):
-        self._binding, self._names, self._shape, self._dtype = binding, names, shape, dtype
+    def __init__(self, binding: Any, names: Names, batch: int, shapes: Shapes, dtype: torch.dtype):
+        self._binding, self._names, self._batch, self._shapes, self._dtype = binding, names, batch, shapes, dtype
         self._buffers: list[Tensor] = []
         self._room = 0
 
@@ -30,11 +31,10 @@ class SharedStorage:
         """Make room for `total` tokens; as long as there is some, the bindings of the last run hold."""
         if total <= self._room:
             return
-        batch, heads, width = self._shape
         room = max(total + ROOM, 2 * self._room)
         old, self._buffers = self._buffers, []
-        for index, (past, present) in enumerate(self._names):
-            buffer = torch.zeros(batch, heads, room, width, dtype=self._dtype)
+        for index, ((past, present), (heads, width)) in enumerate(zip(self._names, self._shapes, strict=True)):
+            buffer = torch.zeros(self._batch, heads, room, width, dtype=self._dtype)
             if old:
                 buffer[:, :, : self._room] = old[index]
             bind_input(self._binding, past, buffer)
@@ -49,13 +49,13 @@ class SharedStorage:
 class GrowingStorage:
     """What a run wrote is what the next one reads: for graphs that put past and new tokens together themselves."""
 
-    def __init__(self, binding: Any, names: Names, shape: tuple[int, int, int], dtype: torch.dtype):
+    def __init__(self, binding: Any, names: Names, batch: int, shapes: Shapes, dtype: torch.dtype):
         from onnxruntime import OrtValue
 
         self._binding, self._names = binding, names
-        batch, heads, width = shape
-        empty = OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], NUMBERS[dtype])
-        self._values = [empty] * len(names)
+        self._values = [
+            OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, width], NUMBERS[dtype]) for heads, width in shapes
+        ]
 
     def bind(self, total: int) -> None:
         """Bind what is cached; onnxruntime allocates what the run writes (after a run it is taken: bind it anew)."""

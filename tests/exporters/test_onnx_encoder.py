@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from compressor.errors import EnvironmentProblem, IntegrityError, UnsupportedModel
-from compressor.exporters.onnx.encoder import compare_encoder, export_encoder
+from compressor.exporters.onnx.encoder import export_encoder
+from compressor.exporters.onnx.encoder_parity import compare_encoder
+from compressor.exporters.onnx.rounding import Rounding
 from compressor.runtimes import open_onnx_encoder
 from tests.tiny_models import rough_vectors, tiny_tokenizer
 
@@ -75,6 +77,39 @@ def test_float16_halves_the_file_and_nothing_else(tmp_path):
     half = (tmp_path / "onnx/model.onnx.data").stat().st_size
     export_encoder(tmp_path / "stock", tmp_path / "whole")
     assert half == pytest.approx((tmp_path / "whole/model.onnx.data").stat().st_size / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_layers_are_those_of_the_stock_model(bits, tmp_path):
+    """Exact arithmetic: within 1e-5 of it with the rounded weights; accuracy_level 4 drifts, rounding itself costs."""
+    folder, rounding = tiny_encoder(tmp_path / "stock"), Rounding(bits, 32, accuracy_level=4)
+    export_encoder(folder, tmp_path / "onnx", rounding=rounding)
+    found = compare_encoder(folder, tmp_path / "onnx", rounding)
+    assert found["max_abs"] <= 1e-5
+    assert found["drift"]["max_abs"] > 1e-4
+    assert found["cost"]["max_abs"] > 1e-3
+    assert found["rounded"] == 12
+    assert set(found["float"]) == {
+        f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")
+    }
+
+
+def test_rows_that_groups_do_not_divide_stay_float(tmp_path):
+    """A feed-forward of 48: its second product is named, and written as it was."""
+    folder, rounding = tiny_encoder(tmp_path / "stock", intermediate_size=48), Rounding(4, 32, accuracy_level=0)
+    export_encoder(folder, tmp_path / "onnx", rounding=rounding)
+    found = compare_encoder(folder, tmp_path / "onnx", rounding)
+    assert found["max_abs"] <= 1e-5
+    assert found["rounded"] == 10
+    assert found["float"]["encoder.layer.1.output.dense.weight"].startswith("rows of 48 weights do not divide")
+
+
+def test_an_encoder_of_which_nothing_can_be_rounded_is_refused(tmp_path):
+    """Groups of 128 in rows of 32 and 64."""
+    folder, rounding = tiny_encoder(tmp_path / "stock"), Rounding(4, 128, accuracy_level=0)
+    export_encoder(folder, tmp_path / "onnx", rounding=rounding)
+    with pytest.raises(UnsupportedModel, match="no weight of this model can be rounded"):
+        compare_encoder(folder, tmp_path / "onnx", rounding)
 
 
 def test_padding_changes_nothing(tmp_path):

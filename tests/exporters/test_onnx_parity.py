@@ -7,12 +7,14 @@ from compressor.calibration import Calibration
 from compressor.errors import IntegrityError, UnsupportedModel
 from compressor.exporters.onnx import OnnxSettings, compare_onnx, export_onnx, refuse_onnx
 from compressor.exporters.onnx.experts import write_experts
-from compressor.exporters.onnx.parity import Session, exact_reference
+from compressor.exporters.onnx.parity import exact_reference
 from compressor.models import load_model, wrap_live
 from compressor.passes import Context, Quantize
+from compressor.runtimes import open_onnx
+from compressor.runtimes.graph_file import ATTENTION, BIAS_INPUT
 from tests.tiny_models import FAMILIES, rough_vectors, save_tiny, tiny_ids, tiny_model, tiny_tokenizer
 
-pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 TEXT = tiny_ids(1, 72)[0]
@@ -148,6 +150,19 @@ def test_a_wrong_graph_is_found_and_the_layer_named(tmp_path):
         compare_onnx(model, tmp_path, TEXT, OnnxSettings())
 
 
+def test_a_graph_that_ignores_left_padding_is_found(tmp_path):
+    """Without the bias on the scores. Our runtime would move such a prompt's padding; parity calls the graph itself."""
+    model = a_model("llama")
+    export_onnx(model, tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        if node.op_type == ATTENTION:
+            node.input[BIAS_INPUT] = ""
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(IntegrityError, match="in the padded row of a batch the logits differ"):
+        compare_onnx(model, tmp_path, TEXT, OnnxSettings())
+
+
 def test_renormalised_routing_would_be_found(tmp_path, monkeypatch):
     """Were OLMoE's gates divided by their sum, the comparison would say so: it is no formality."""
     model = a_model("olmoe", norm_topk_prob=False)
@@ -172,7 +187,7 @@ def test_a_prompt_of_one_token_starts_with_an_empty_cache(tmp_path):
     """past is 0 long, sequence is 1."""
     model = a_model("llama")
     export_onnx(model, tmp_path)
-    one = Session(tmp_path).logits(TEXT[None, :1])
+    one = open_onnx(tmp_path)(TEXT[None, :1]).logits
     with torch.inference_mode():
         assert torch.allclose(one, model.skeleton(TEXT[None, :1]).logits, atol=1e-5)
 

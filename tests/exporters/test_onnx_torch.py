@@ -1,5 +1,7 @@
 """Decoders that our writer does not know, exported through torch: the same interface, the same parity."""
 
+import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from compressor.calibration import Calibration
 from compressor.errors import IntegrityError, UnsupportedModel
+from compressor.exporters.onnx.rounding import Rounding
 from compressor.exporters.onnx.torch_graph import (
     EXPERTS,
     compare_with_torch,
     export_with_torch,
+    round_with_torch,
     static_sparse_experts,
 )
 from compressor.models import wrap_live
@@ -122,6 +126,49 @@ def test_a_wrong_graph_is_found_and_the_layer_named(gpt2):
             compare_with_torch(gpt2.model, gpt2.folder, TEXT)
     finally:
         weight.data = before
+
+
+def rounded(gpt2, folder, **settings):
+    """A copy of the GPT-2 whose weights become codes, in the module and in the graph."""
+    shutil.copytree(gpt2.folder, folder)
+    model = copy.deepcopy(gpt2.model)
+    exported, parity = round_with_torch(model, folder, Rounding(group_size=32, **settings), TEXT)
+    return SimpleNamespace(model=model, exported=exported, parity=parity)
+
+
+def test_a_rounded_graph_is_the_model_with_the_rounded_weights(gpt2, tmp_path):
+    """Within 1e-4 with exact arithmetic; what accuracy_level 4 and the rounding change is said."""
+    found = rounded(gpt2, tmp_path / "onnx", bits=4, accuracy_level=4)
+    assert found.parity["max_abs"] <= 1e-4
+    assert found.parity["greedy_equal"]
+    assert (found.parity["accuracy_level"], found.parity["rounded"]) == (4, 4)
+    assert 1e-4 < found.parity["drift"]["max_abs"] < found.parity["cost"]["max_abs"]
+    assert set(found.parity["float"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert found.exported.bytes < gpt2.exported.bytes
+    with torch.no_grad():
+        expected = found.model(TEXT[None]).logits
+    assert torch.allclose(open_onnx(tmp_path / "onnx", accuracy_level=0)(TEXT[None]).logits, expected, atol=1e-4)
+
+
+def test_a_rounded_head_leaves_the_embedding_that_it_was_tied_to(gpt2, tmp_path):
+    """The graph looks tokens up in the float table and multiplies by the codes."""
+    found = rounded(gpt2, tmp_path / "onnx", bits=8, accuracy_level=0, head=True)
+    assert found.parity["max_abs"] <= 1e-4
+    assert found.parity["rounded"] == 5
+    assert torch.equal(found.model.transformer.wte.weight, gpt2.model.transformer.wte.weight)
+    assert not torch.equal(found.model.lm_head.weight, found.model.transformer.wte.weight)
+
+
+@pytest.mark.slow
+def test_experts_are_rounded_one_by_one(tmp_path):
+    """gpt-oss: transposed stacks with biases; two products for each of four experts in two layers, q, k, v and o."""
+    model = a_decoder("gpt_oss")
+    export_with_torch(model, model.config, tmp_path)
+    _, parity = round_with_torch(model, tmp_path, Rounding(4, 32, accuracy_level=4), TEXT)
+    assert parity["max_abs"] <= 1e-4
+    assert parity["rounded"] == 2 * (4 * 2 + 4)
+    assert parity["float"]["model.layers.0.mlp.router.weight"] == "a router: one row for each of 4 experts"
+    assert not any(name.endswith("_proj") for name in parity["float"])
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from compressor.algorithms.rounding import round_to_nearest
+from compressor.kernels import ops
 from compressor.layers import CANONICAL, CPU, PackedLinear, PackedWeight, routed
 from compressor.quant import QuantSpec, stack
 
@@ -80,3 +81,47 @@ def test_routed_lists_every_token_once_per_slot():
     index = torch.tensor([[2, 0], [2, 3], [0, 2]])
     found = {expert: (tokens.tolist(), slots.tolist()) for expert, tokens, slots in routed(index, 5)}
     assert found == {0: ([0, 2], [1, 0]), 2: ([0, 1, 2], [0, 0, 1]), 3: ([1], [1])}
+
+
+W8A8 = QuantSpec(bits=8, group_size=None, activation_bits=8)
+
+
+def test_int8_activations_are_rounded_before_the_exact_product():
+    """The values of the inputs' codes times those of the weight's, and the bias; [B, T, I] comes back in shape."""
+    weight, bias = quantized(W8A8), torch.randn(48)
+    x = torch.randn(2, 3, 256)
+    scales = x.abs().amax(-1, keepdim=True) / 127.5
+    inputs = (x / scales).clamp(-128, 127).round() * scales
+    expected = nn.functional.linear(inputs.double(), weight.dequantize(torch.float64), bias.double())
+    layer = PackedLinear(PackedWeight.of(weight), bias)
+    assert (layer(x) - expected).abs().max() < 1e-5
+    assert torch.equal(layer.dense(torch.float32)(x), layer(x))
+
+
+def test_a_dense_stand_in_of_a_weight_only_layer_rounds_no_inputs():
+    """It is a plain linear layer."""
+    layer = PackedLinear(PackedWeight.of(quantized(QuantSpec(bits=8, group_size=None))), None)
+    assert type(layer.dense(torch.float32)) is nn.Linear
+
+
+@pytest.mark.skipif(not ops.adds_bytes_exactly(), reason="without VNNI there is no fast layout")
+def test_the_fast_layout_of_int8_activations_computes_the_same_and_changes_back():
+    """Within 1e-6 of the exact layout in float32; 1 byte a weight; the codes return."""
+    weight = quantized(W8A8)
+    packed = PackedWeight.of(weight)
+    x = torch.randn(5, 256)
+    exact = packed.matmul(x)
+    packed.relayout(CPU)
+    assert packed.layout == CPU
+    assert packed.words.nbytes == 48 * 256
+    assert (packed.matmul(x) - exact).norm() < 1e-6 * exact.norm()
+    packed.relayout(CANONICAL)
+    assert torch.equal(packed.quantized().codes, weight.codes)
+
+
+def test_without_exact_products_of_bytes_int8_activations_stay_exact(monkeypatch):
+    """The layout does not change."""
+    monkeypatch.setattr(ops, "adds_bytes_exactly", lambda: False)
+    packed = PackedWeight.of(quantized(W8A8))
+    packed.relayout(CPU)
+    assert packed.layout == CANONICAL

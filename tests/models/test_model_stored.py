@@ -1,5 +1,8 @@
 """A stored model, block by block, is the model that stock transformers loads."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -67,12 +70,15 @@ def test_sharded_checkpoints_are_read(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_leaves_nothing_behind(tmp_path, family):
-    """All its parameters are on the meta device before and after, none of them inside."""
+    """All its parameters are on the meta device before and after, none of them inside; and nobody keeps those."""
     model = load_model(str(save_tiny(tmp_path, family)))
     for _ in range(2):
         with model.open_block(1) as block:
             assert not any(parameter.is_meta for parameter in block.module.parameters())
+            weights = [weakref.ref(parameter) for parameter in block.module.parameters()]
         assert all(parameter.is_meta for block in model.blocks for parameter in block.parameters())
+        gc.collect()
+        assert [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_a_block_leaves_nothing_behind_after_an_error(moe_folder):

@@ -35,3 +35,13 @@ def test_groups_must_fill_a_row():
     assert QuantSpec(bits=4, group_size=64).num_groups(576) == 9
     with pytest.raises(ValueError, match="576"):
         QuantSpec(bits=4, group_size=128).num_groups(576)
+
+
+@pytest.mark.parametrize("weights", [(4, None, True), (8, 64, True), (8, None, False)], ids=str)
+def test_int8_activations_take_int8_weights_with_one_scale_a_row(weights):
+    """What else was asked for is in the error."""
+    with pytest.raises(ValueError, match=f"they are bits {weights[0]}, group_size {weights[1]}"):
+        QuantSpec(*weights, activation_bits=8)
+    with pytest.raises(ValueError, match="activation_bits is 4; possible are 8 or None"):
+        QuantSpec(8, None, activation_bits=4)
+    assert str(QuantSpec(8, None, activation_bits=8)) == "int8 symmetric channel, int8 activations"

@@ -1,9 +1,8 @@
-"""Export of a BERT-like encoder to ONNX, read tensor by tensor, and its comparison with the stock model.
+"""Export of a BERT-like encoder to ONNX, read tensor by tensor.
 
 B sequences, S tokens, D width, H heads, V vocabulary.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint import CheckpointReader, write_json
-from compressor.errors import EnvironmentProblem, IntegrityError, UnsupportedModel
+from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.exporters.onnx.graph import MICROSOFT, Graph, require_onnx
+from compressor.exporters.onnx.linear import Linears
+from compressor.exporters.onnx.rounding import Rounding
+from compressor.exporters.onnx.weights import to_nbits
 from compressor.exporters.safetensors import COMPANIONS, Exported, copy_files
-from compressor.models.transformers_io import quiet
-from compressor.runtimes import open_onnx_encoder
 from compressor.runtimes.configuration import read_config
 
-TOLERANCE = 1e-4  # of a hidden state, absolute; they are normalised, so of the order of 1
-LONG = 512
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "relu": "relu"}
 # sentence-transformers' own: how it pools, and layers after the pooling.
@@ -59,13 +57,16 @@ FAMILIES = {"bert": BERT, "distilbert": DISTILBERT, "roberta": BERT, "xlm-robert
 COUNTED_POSITIONS = ("roberta", "xlm-roberta")
 
 
-def export_encoder(folder: Path, out: Path, *, dtype: EncoderPrecision = "float32") -> Exported:
+def export_encoder(
+    folder: Path, out: Path, *, dtype: EncoderPrecision = "float32", rounding: Rounding | None = None
+) -> Exported:
     """Write the encoder of a checkpoint folder as ONNX, with its tokenizer and sentence-transformers files.
 
     The graph reads input_ids, attention_mask and token_type_ids (not for DistilBERT), int64 `[B, S]`, and gives
     last_hidden_state `[B, S, D]` in float32. `dtype` is how weights are stored; it computes in float32, since
-    onnxruntime's CPU kernels would only convert back and forth. Pooling is left to whoever runs it. Raises
-    UnsupportedModel for families and settings that are not known, IntegrityError where a weight is missing.
+    onnxruntime's CPU kernels would only convert back and forth. `rounding` makes the layers' matrices codes. Pooling is
+    left to whoever runs it. Raises UnsupportedModel for families and settings that are not known, IntegrityError where
+    a weight is missing.
     """
     require_onnx()
     folder, out = Path(folder), Path(out)
@@ -76,52 +77,25 @@ def export_encoder(folder: Path, out: Path, *, dtype: EncoderPrecision = "float3
     out.mkdir(parents=True, exist_ok=True)
     graph = Graph(out, config.model_type)
     try:
-        _EncoderWriter(graph, config, reader, DTYPES[dtype]).write()
+        _EncoderWriter(graph, config, reader, DTYPES[dtype], rounding).write()
         graph.save()
     finally:
         graph.close()
     shutil.copyfile(folder / "config.json", out / "config.json")
     _copy_companions(folder, out)
-    write_json(out / "compressor.json", {"schema": "compressor.onnx/1", "dtype": dtype})
+    about = {} if rounding is None else {"weights": str(rounding), "accuracy_level": rounding.accuracy_level}
+    write_json(out / "compressor.json", {"schema": "compressor.onnx/1", "dtype": dtype, **about})
     return Exported(out, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()), {})
-
-
-@torch.inference_mode()
-def compare_encoder(folder: Path, out: Path) -> dict[str, Any]:
-    """Parity with the stock model in float32: `max_abs` and `relative` over all `scenarios`, padding left out.
-
-    Weights stored in float16 are compared with the stock model that has the same rounded weights. IntegrityError where
-    a hidden state differs by more than 1e-4.
-    """
-    from transformers import AutoModel
-
-    with quiet():
-        stock: Any = AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-    encoder = open_onnx_encoder(out)
-    stored = DTYPES[json.loads((Path(out) / "compressor.json").read_text())["dtype"]]
-    for parameter in stock.eval().parameters():
-        parameter.data = parameter.data.to(stored).float()
-    differences, relative = {}, 0.0
-    for name, inputs in _inputs(stock.config).items():
-        found, expected = (model(**inputs).last_hidden_state for model in (encoder, stock))
-        difference = (found - expected)[inputs["attention_mask"].bool()]
-        differences[name] = float(difference.abs().max())
-        if not differences[name] <= TOLERANCE:
-            raise IntegrityError(
-                f"{out}: in {name} the hidden states differ by {differences[name]:.2e} (at most {TOLERANCE:.1e})"
-            )
-        sizes = expected[inputs["attention_mask"].bool()].norm(dim=-1)
-        relative = max(relative, float((difference.norm(dim=-1) / sizes).max()))
-    return {"max_abs": max(differences.values()), "relative": relative, "scenarios": differences}
 
 
 class _EncoderWriter:
     """Writes one encoder into a graph, each weight as soon as it is read."""
 
-    def __init__(self, graph: Graph, config: Any, reader: CheckpointReader, stored: torch.dtype):
+    def __init__(
+        self, graph: Graph, config: Any, reader: CheckpointReader, stored: torch.dtype, rounding: Rounding | None
+    ):
         self.graph, self.config, self.reader, self.stored = graph, config, reader, stored
+        self.rounding = rounding
         self.names = FAMILIES[config.model_type]
         self.eps = getattr(config, "layer_norm_eps", 1e-12)  # DistilBERT's is a constant of its code
         base = config.model_type.replace("-", "_").removeprefix("xlm_")
@@ -212,7 +186,7 @@ class _EncoderWriter:
 
     def _weight(self, name: str, tensor: Tensor) -> str:
         """A weight in the file, and its value in float32."""
-        return self._in_float32(self.graph.weight(name, tensor.to(self.stored)))
+        return self._in_float32(self.graph.weight(name, tensor, self.stored))
 
     def _in_float32(self, value: str) -> str:
         if self.stored == torch.float32:
@@ -221,12 +195,15 @@ class _EncoderWriter:
 
     def _rows(self, name: str, numbers: str) -> str:
         """Rows of a table; only they are converted, not the table."""
-        table = self.graph.weight(f"{name}.weight", self._read(f"{name}.weight").to(self.stored))
+        table = self.graph.weight(f"{name}.weight", self._read(f"{name}.weight"), self.stored)
         return self._in_float32(self.graph.node("Gather", [table, numbers], name=name))
 
     def _product(self, name: str, linears: list[str], x: str) -> str:
         """x times the transposed weights of some linear layers beside each other."""
         weight_OI = torch.cat([self._read(f"{linear}.weight") for linear in linears])
+        if self.rounding is not None and self.rounding.why_not(weight_OI) is None:
+            packed = to_nbits(self.rounding.codes(weight_OI), torch.float32, name)
+            return Linears(self.graph, torch.float32, self.rounding.accuracy_level).nbits(name, packed, x)
         return self.graph.node("MatMul", [x, self._weight(f"{name}.weight", weight_OI.T)], name=name)
 
     def _norm_weights(self, name: str) -> list[str]:
@@ -265,29 +242,3 @@ def _copy_companions(folder: Path, out: Path) -> None:
     for part in folder.glob(SENTENCE_FOLDERS):
         if part.is_dir():
             shutil.copytree(part, out / part.name, dirs_exist_ok=True)
-
-
-def _inputs(config: Any) -> dict[str, dict[str, Tensor]]:
-    """Random tokens in every way in which an encoder is called."""
-    generator = torch.Generator().manual_seed(0)
-    pad = config.pad_token_id or 0
-    longest = min(LONG, config.max_position_embeddings - (pad + 1 if config.model_type in COUNTED_POSITIONS else 0))
-    short = min(32, longest)
-    shapes = {
-        "a padded batch": (2, short),
-        "a single row": (1, short),
-        "one token": (1, 1),
-        "a long text": (1, longest),
-    }
-    inputs = {}
-    for name, (rows, length) in shapes.items():
-        ids = torch.randint(0, config.vocab_size - 1, (rows, length), generator=generator)
-        ids += (ids >= pad).long()  # any token but the padding
-        mask = torch.ones_like(ids)
-        ids[1:, length // 2 :], mask[1:, length // 2 :] = pad, 0
-        inputs[name] = {"input_ids": ids, "attention_mask": mask}
-        if config.model_type != "distilbert":
-            types = torch.zeros_like(ids)
-            types[:, length // 3 :] = getattr(config, "type_vocab_size", 1) - 1
-            inputs[name]["token_type_ids"] = types
-    return inputs

@@ -64,7 +64,7 @@ def _fused(graph: Graph, stack: ExpertStack, flat: str, logits: str, dtype: torc
         return graph.node("QMoE", [flat, logits, *inputs], name=stack.name, domain=MICROSOFT, **settings)
     gate_up, down = stack.read()
     weights = {"gate_up": interleaved(gate_up), "down": down}
-    first, second = (graph.weight(f"{stack.name}.{part}", weight.to(dtype)) for part, weight in weights.items())
+    first, second = (graph.weight(f"{stack.name}.{part}", weight, dtype) for part, weight in weights.items())
     settings = KERNEL | {"k": stack.top_k}
     return graph.node("MoE", [flat, logits, first, "", second], name=stack.name, domain=MICROSOFT, **settings)
 

@@ -1,10 +1,10 @@
-"""Writes an ONNX model node by node, its weights straight to disk: only the tensor being written is in memory.
+"""Writes an ONNX model node by node, its weights straight to disk: a few rows at a time are converted in memory.
 
 IR 10 and opset 21, which onnxruntime 1.20 and later read; the newest versions that `onnx` would pick do not load
 (reference: onnxruntime refuses IR > 13, onnx 1.23 writes 14).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,8 @@ MICROSOFT = "com.microsoft"
 DATA = "model.onnx.data"
 # Offsets of larger tensors are multiples of a page, so that a runtime can map them instead of reading them.
 PAGE, SMALL = 4096, 64
+# Rows of so many bytes are converted and put in order at once (at least one row): no second copy of a large table.
+CHUNK_BYTES = 8 << 20
 
 Shape = Sequence[int | str]
 
@@ -71,16 +73,21 @@ class Graph:
                     node.input[index] = name
         self.outputs.append(self._onnx.helper.make_tensor_value_info(name, self.type_of(dtype), list(shape)))
 
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor into the data file; a name that is there already is used again (tied weights)."""
+    def weight(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+        """Write a tensor, turned round or not, into the data file, as `dtype` (its own if None).
+
+        A name that is there already is used again (tied weights).
+        """
         if name in self._initializers:
             return name
-        tensor = tensor.detach().contiguous()
-        start = self._align(PAGE if tensor.nbytes >= PAGE else SMALL)
-        tensor.reshape(-1).view(torch.uint8).numpy().tofile(self._data)
-        proto = self._onnx.TensorProto(name=name, data_type=self.type_of(tensor.dtype), dims=tensor.shape)
+        dtype = dtype or tensor.dtype
+        length = tensor.numel() * dtype.itemsize
+        start = self._align(PAGE if length >= PAGE else SMALL)
+        for rows in _chunks(tensor.detach(), dtype):
+            self._data.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+        proto = self._onnx.TensorProto(name=name, data_type=self.type_of(dtype), dims=tensor.shape)
         proto.data_location = self._onnx.TensorProto.EXTERNAL
-        for key, value in {"location": DATA, "offset": start, "length": tensor.nbytes}.items():
+        for key, value in {"location": DATA, "offset": start, "length": length}.items():
             proto.external_data.add(key=key, value=str(value))
         self._initializers[name] = proto
         return name
@@ -150,3 +157,11 @@ class Graph:
     def _align(self, multiple: int) -> int:
         self._data.write(b"\0" * (-self._data.tell() % multiple))
         return self._data.tell()
+
+
+def _chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor as `dtype`, in order, a few rows at a time."""
+    tensor = torch.atleast_1d(tensor)
+    row_bytes = tensor[:1].numel() * dtype.itemsize
+    for rows in tensor.split(max(1, CHUNK_BYTES // max(1, row_bytes))):
+        yield rows.to(dtype).contiguous()

@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import IntegrityError
+from compressor.exporters.onnx.rounded_inputs import (
+    check_rounding,
+    logits_of,
+    rounds_inputs,
+    unrounded_graph,
+    unrounded_inputs,
+)
 from compressor.exporters.onnx.writer import DTYPES, OnnxSettings, quantized_table
 from compressor.layers import CANONICAL, packed_weights
 from compressor.models import Model, in_float32
+from compressor.runtimes import OnnxModel, open_onnx
+from compressor.runtimes.decoder import LOGITS, TOKENS
+from compressor.runtimes.kv_cache import PAST, PRESENT
 
 TOLERANCE = 1e-4  # of a logit, absolute, for logits of up to 10; larger ones in proportion
 GREEDY_TOKENS = 64
@@ -42,18 +52,24 @@ def compare_onnx(model: Model, folder: Path, ids_T: Tensor, settings: OnnxSettin
 
     `ids_T` is a text, longer than the model's sliding window where that is possible. IntegrityError where the exact
     graph differs by more than 1e-4 (it says in which layer the difference begins) or 64 greedy tokens differ. `drift`
-    is how far the logits move with the accuracy_level that the folder is written for: the largest, and KL in nats.
+    is how far the logits move with the accuracy_level that the folder is written for: the largest, and KL in nats. Of
+    layers that round their inputs the exact graph is the one without the rounding; `rounding` tells of that.
     """
     ids_T = ids_T[: min(LONG, model.config.max_position_embeddings)]
     with exact_reference(model, settings.embedding_of(model)) as module:
-        reference = reference_of(module, ids_T)
-    found = check_graph(Session(folder, accuracy_level=0), reference, ids_T, folder)
-    written = Session(folder)
-    drift = _drift(written.logits(ids_T[None])[0], reference.logits[0])
-    return found | {"accuracy_level": written.accuracy_level, "drift": drift}
+        with unrounded_inputs(module):
+            reference = reference_of(module, ids_T)
+        expected = logits_of(module, ids_T) if rounds_inputs(module) else reference.logits
+    with unrounded_graph(folder) as exact:
+        found = check_graph(open_onnx(exact, accuracy_level=0), reference, ids_T, folder)
+    if expected is not reference.logits:
+        found["rounding"] = check_rounding(folder, ids_T, expected, reference.logits)
+    drift = _drift(open_onnx(folder)(ids_T[None]).logits[0], expected[0])
+    has_products = model.is_quantized or settings.embedding_of(model) == "int8"
+    return found | {"accuracy_level": settings.accuracy_level if has_products else 0, "drift": drift}
 
 
-def check_graph(exact: "Session", reference: Reference, ids_T: Tensor, folder: Path) -> dict[str, Any]:
+def check_graph(exact: OnnxModel, reference: Reference, ids_T: Tensor, folder: Path) -> dict[str, Any]:
     """`max_abs`, `relative`, `scenarios` and `greedy_equal` of a graph; IntegrityError where it differs."""
     found = _scenarios(exact, ids_T)
     tolerance = TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
@@ -64,7 +80,8 @@ def check_graph(exact: "Session", reference: Reference, ids_T: Tensor, folder: P
             raise IntegrityError(
                 f"{folder}: in {name} the logits differ by {difference:.2e} (at most {tolerance:.1e}); {where}"
             )
-    greedy = exact.greedy(ids_T[None, :PROMPT], GREEDY_TOKENS)
+    prompt = ids_T[None, :PROMPT]
+    greedy = exact.generate(prompt, max_new_tokens=GREEDY_TOKENS, eos_token_id=())[0, prompt.shape[1] :]
     if not torch.equal(greedy, reference.greedy):
         first = int((greedy != reference.greedy).nonzero()[0])
         raise IntegrityError(f"{folder}: greedy token {first + 1} of {GREEDY_TOKENS} differs from the model's")
@@ -119,86 +136,46 @@ def reference_of(module: Any, ids_T: Tensor) -> Reference:
     return Reference(logits, keys_values, torch.tensor(tokens))
 
 
-class Session:
-    """A decoder in onnxruntime; `accuracy_level` overrides what its products were written with."""
+def _raw(
+    model: OnnxModel, ids_BS: Tensor, mask_BT: Tensor, past: dict[str, np.ndarray] | None = None
+) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """Logits `[B, S, V]` and the cache with the new tokens in it, as a runtime that knows only the graph calls it.
 
-    def __init__(self, folder: Path, accuracy_level: int | None = None):
-        import onnx
-        import onnxruntime
-
-        proto = onnx.load(folder / "model.onnx", load_external_data=False)
-        self.accuracy_level = 0
-        for node in proto.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = attribute.i if accuracy_level is None else accuracy_level
-                    self.accuracy_level = attribute.i
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        self._session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self._past = {
-            node.name: [1, node.shape[1], 0, node.shape[3]]
-            for node in self._session.get_inputs()
-            if node.name.startswith("past_key_values.")
-        }
-        self._outputs = [node.name for node in self._session.get_outputs()]
-
-    def run(self, ids_BS: Tensor, mask_BT: Tensor, past: dict[str, np.ndarray] | None) -> tuple[Tensor, dict]:
-        """Logits `[B, S, V]` and the cache with the new tokens in it."""
-        positions = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        if past is None:
-            past = {name: np.zeros([len(ids_BS), *shape[1:]], np.float32) for name, shape in self._past.items()}
-        feeds = {"input_ids": ids_BS, "attention_mask": mask_BT, "position_ids": positions}
-        values = self._session.run(None, {name: value.numpy() for name, value in feeds.items()} | past)
-        results = dict(zip(self._outputs, values, strict=True))
-        logits = torch.from_numpy(results.pop("logits"))
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
-
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Logits of whole sequences, `[B, T, V]`."""
-        return self.run(ids_BT, torch.ones_like(ids_BT), None)[0]
-
-    def greedy(self, prompt_1P: Tensor, count: int) -> Tensor:
-        """The most probable tokens one after the other, `[count]`."""
-        logits, past = self.run(prompt_1P, torch.ones_like(prompt_1P), None)
-        tokens = [int(logits[0, -1].argmax())]
-        while len(tokens) < count:
-            mask = torch.ones(1, prompt_1P.shape[1] + len(tokens), dtype=torch.int64)
-            logits, past = self.run(torch.tensor([[tokens[-1]]]), mask, past)
-            tokens.append(int(logits[0, -1].argmax()))
-        return torch.tensor(tokens)
+    Ours moves padding where a graph needs that, and shares one buffer of keys between past and present; others do not.
+    """
+    if past is None:
+        inputs = [value for value in model.session.get_inputs() if value.name.startswith(f"{PAST}.")]
+        past = {i.name: np.zeros([len(ids_BS), i.shape[1], 0, i.shape[3]], np.float32) for i in inputs}
+    positions = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+    tokens = dict(zip(TOKENS, (ids_BS.numpy(), mask_BT.numpy(), positions.numpy()), strict=True))
+    names = [value.name for value in model.session.get_outputs()]
+    values = dict(zip(names, model.session.run(names, tokens | past), strict=True))
+    logits = torch.from_numpy(values.pop(LOGITS))
+    return logits, {name.replace(f"{PRESENT}.", f"{PAST}."): value for name, value in values.items()}
 
 
-def _scenarios(session: Session, ids_T: Tensor) -> dict[str, tuple[Tensor, slice]]:
+def _scenarios(exact: OnnxModel, ids_T: Tensor) -> dict[str, tuple[Tensor, slice]]:
     """Logits of the text in every way to call the graph, and which of the text's tokens they are for."""
     length = len(ids_T)
     short = min(length, 2 * PROMPT)
-    found = {"prefill": (session.logits(ids_T[None, :short]), slice(0, short))}
+    found = {"prefill": (exact(ids_T[None, :short]).logits, slice(0, short))}
     if length > short:
-        found["a long context"] = (session.logits(ids_T[None]), slice(0, length))
+        found["a long context"] = (exact(ids_T[None]).logits, slice(0, length))
     start = length - TAIL
-    _, past = session.run(ids_T[None, :start], torch.ones(1, start, dtype=torch.int64), None)
-    steps = []
-    for k in range(start, length):
-        logits, past = session.run(ids_T[None, k : k + 1], torch.ones(1, k + 1, dtype=torch.int64), past)
-        steps.append(logits)
+    cache = exact(ids_T[None, :start]).past_key_values
+    steps = [exact(ids_T[None, k : k + 1], past_key_values=cache).logits for k in range(start, length)]
     found["decoding with a cache"] = (torch.cat(steps, dim=1), slice(start, length))
-    found |= _padded(session, ids_T[:short])
-    return found
+    return found | _padded(exact, ids_T[:short])
 
 
-def _padded(session: Session, ids_T: Tensor) -> dict[str, tuple[Tensor, slice]]:
+def _padded(exact: OnnxModel, ids_T: Tensor) -> dict[str, tuple[Tensor, slice]]:
     """A batch of two, the shorter one padded on the left: the prompt, then a step with the cache."""
     length, shorter = len(ids_T), len(ids_T) - PADS
     ids = torch.stack([ids_T, torch.cat([ids_T.new_zeros(PADS), ids_T[:shorter]])])
     mask = torch.ones_like(ids)
     mask[1, :PADS] = 0
-    logits, past = session.run(ids[:, :-1], mask[:, :-1], None)
-    step, _ = session.run(ids[:, -1:], mask, past)
+    logits, past = _raw(exact, ids[:, :-1], mask[:, :-1])
+    step, _ = _raw(exact, ids[:, -1:], mask, past)
     both = torch.cat([logits, step], dim=1)
     return {
         "the full row of a padded batch": (both[:1], slice(0, length)),
@@ -225,12 +202,13 @@ def _drift(found_TV: Tensor, reference_TV: Tensor) -> dict[str, float]:
     }
 
 
-def _first_layer_apart(session: Session, ids_T: Tensor, reference: Reference, tolerance: float) -> str:
+def _first_layer_apart(exact: OnnxModel, ids_T: Tensor, reference: Reference, tolerance: float) -> str:
     """The first layer whose keys or values differ: what was computed before it was right."""
-    _, cache = session.run(ids_T[None, :PROMPT], torch.ones(1, min(PROMPT, len(ids_T)), dtype=torch.int64), None)
+    prompt = ids_T[None, :PROMPT]
+    _, cache = _raw(exact, prompt, torch.ones_like(prompt))
     for layer, expected in enumerate(reference.cache):
         for part, tensor in zip(("key", "value"), expected, strict=True):
-            present = torch.from_numpy(cache[f"past_key_values.{layer}.{part}"])
+            present = torch.from_numpy(cache[f"{PAST}.{layer}.{part}"])
             difference = float((present - tensor[:, :, : present.shape[2]]).abs().max())
             if not difference <= tolerance:
                 return f"the difference begins before layer {layer}'s {part} ({difference:.2e})"

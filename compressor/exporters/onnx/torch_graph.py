@@ -22,10 +22,12 @@ from torch.nn.functional import linear
 from compressor.checkpoint import write_json
 from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.exporters.onnx.graph import DATA, IR_VERSION, OPSET, require_onnx
-from compressor.exporters.onnx.parity import LONG, Session, check_graph, reference_of
+from compressor.exporters.onnx.parity import LONG, _drift, check_graph, reference_of
+from compressor.exporters.onnx.rounding import Rounding, round_graph
 from compressor.exporters.safetensors import Exported
 from compressor.layers import packed_weights
 from compressor.models import in_float32
+from compressor.runtimes import open_onnx
 
 EXPERTS = "compressor_static_sparse"
 # torch.export takes sizes of 0 and 1 for constants, and equal ones for the same; what is not seen stays free.
@@ -56,7 +58,7 @@ def export_with_torch(module: nn.Module, config: Any, out: Path) -> Exported:
     if generation is not None:
         generation.save_pretrained(out)
     write_json(out / "compressor.json", {"schema": "compressor.onnx/1", "dtype": "float32", "exporter": "torch"})
-    return Exported(out, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()), {})
+    return _written(out)
 
 
 def compare_with_torch(module: nn.Module, folder: Path, ids_T: Tensor) -> dict[str, Any]:
@@ -65,11 +67,33 @@ def compare_with_torch(module: nn.Module, folder: Path, ids_T: Tensor) -> dict[s
     `ids_T` is a text, longer than the model's sliding window where that is possible. IntegrityError where logits
     differ by more than 1e-4 (it says in which layer that begins) or a greedy token differs.
     """
-    longest = getattr(module.config, "max_position_embeddings", None) or LONG
-    ids_T = ids_T[: min(LONG, longest)]
+    ids_T = _as_long_as_possible(module, ids_T)
     with in_float32(module):
         reference = reference_of(module, ids_T)
-    return check_graph(Session(folder), reference, ids_T, folder)
+    return check_graph(open_onnx(folder, accuracy_level=0), reference, ids_T, folder)
+
+
+def round_with_torch(module: Any, folder: Path, rounding: Rounding, ids_T: Tensor) -> tuple[Exported, dict[str, Any]]:
+    """Put codes in place of the float weights of such a folder, and hold the result against the module.
+
+    The module has the rounded weights afterwards. The parity is that of `compare_with_torch`, with exact accumulation;
+    `drift` is what the accuracy_level of the folder changes, `cost` what the rounding itself changed; `rounded` and
+    `float` say which weights it took. IntegrityError, UnsupportedModel as there, and where no weight can be rounded.
+    """
+    head = module.get_output_embeddings()
+    if rounding.head and head.weight is module.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
+    ids_T, level = _as_long_as_possible(module, ids_T), rounding.accuracy_level
+    with in_float32(module), torch.inference_mode():
+        before_TV = module(ids_T[None]).logits[0]
+        about = round_graph(folder, module, rounding)
+        after_TV = module(ids_T[None]).logits[0]
+    parity = compare_with_torch(module, folder, ids_T)
+    drift = _drift(open_onnx(folder)(ids_T[None]).logits[0], after_TV)
+    stored = {"dtype": "float32", "exporter": "torch", "weights": str(rounding), "accuracy_level": level}
+    write_json(folder / "compressor.json", {"schema": "compressor.onnx/1"} | stored)
+    about |= {"accuracy_level": level, "drift": drift, "cost": _drift(after_TV, before_TV)}
+    return _written(folder), parity | about
 
 
 def static_sparse_experts(experts: Any, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -121,6 +145,14 @@ class _FlatCache(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
         ).logits
         return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def _as_long_as_possible(module: Any, ids_T: Tensor) -> Tensor:
+    return ids_T[: min(LONG, getattr(module.config, "max_position_embeddings", None) or LONG)]
+
+
+def _written(folder: Path) -> Exported:
+    return Exported(folder, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()), {})
 
 
 def _require() -> Any:

@@ -47,25 +47,24 @@ def to_nbits(quantized: QuantizedTensor, dtype: torch.dtype, where: str) -> NBit
         raise UnsupportedModel(f"{where}: rows of {in_features} weights do not divide into blocks of 16 for ONNX")
     repeat = in_features // block // groups
     bits = 8 if quantized.spec.bits == 8 else 4
-    middle = 1 << (bits - 1)
+    middle = 1 << (bits - 1)  # added in uint8, which wraps round: code -1 is 255, and 255 + 128 is 127
     scales = quantized.scales.repeat_interleave(repeat, dim=-1).to(dtype)
     if not torch.isfinite(scales).all():
         raise UnsupportedModel(f"{where}: a scale is out of the range of {dtype}; export with dtype: float32")
     zeros = None
     if quantized.zeros is not None:
-        zeros = pack(quantized.zeros.repeat_interleave(repeat, dim=-1).to(torch.int16) + middle, bits)
-    codes = pack(quantized.codes.to(torch.int16) + middle, bits)
+        zeros = pack(quantized.zeros.repeat_interleave(repeat, dim=-1).view(torch.uint8) + middle, bits)
+    codes = pack(quantized.codes.view(torch.uint8) + middle, bits)
     return NBits(codes, scales, zeros, bits, block, tuple(quantized.codes.shape))
 
 
 def pack(unsigned: Tensor, bits: int) -> Tensor:
-    """Unsigned codes `[..., n]` as bytes, two to a byte for 4 bits (the first in the low half), rows filled with 0."""
-    values = unsigned.to(torch.uint8)
+    """Unsigned codes `[..., n]` (uint8), two to a byte for 4 bits (the first in the low half), rows filled with 0."""
     if bits == 8:
-        return values
-    if values.shape[-1] % 2:
-        values = torch.nn.functional.pad(values, (0, 1))
-    return values[..., 0::2] | (values[..., 1::2] << 4)
+        return unsigned
+    if unsigned.shape[-1] % 2:
+        unsigned = torch.nn.functional.pad(unsigned, (0, 1))
+    return unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
 
 
 def interleaved(gate_up: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class _Table:
             ]
             settings = {"gather_axis": 0, "quantize_axis": 1, "block_size": packed.block_size, "bits": 8}
             return graph.node("GatherBlockQuantized", inputs, name="embedding", domain=MICROSOFT, **settings)
-        table = graph.weight("embedding.weight", self.table_VD.to(DTYPES[self.kind]))
+        table = graph.weight("embedding.weight", self.table_VD, DTYPES[self.kind])
         rows = graph.node("Gather", [table, ids], name="embedding")
         return rows if DTYPES[self.kind] == self.dtype else self._cast("embedding/cast", rows)
 
@@ -154,7 +154,7 @@ class _Table:
         """As a Gemm, which reads the table as it lies there; a MatMul would need it turned round, a second copy."""
         graph = self.graph
         name = "embedding.weight" if self.is_tied else "head.weight"
-        table = graph.weight(name, self.head_VD.to(DTYPES[self.kind]))
+        table = graph.weight(name, self.head_VD, DTYPES[self.kind])
         if DTYPES[self.kind] != self.dtype:
             table = self._cast("head/cast", table)
         width = self.head_VD.shape[1]

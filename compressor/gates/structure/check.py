@@ -161,7 +161,7 @@ def _one(
     if isinstance(weight, torch.Tensor):
         failures += content.dense_failures(name, weight)
     else:
-        shape = stored.reader.tensor(f"{linear.name}.weight_shape")
+        shape = None if stored.is_int8(linear.name) else stored.reader.tensor(f"{linear.name}.weight_shape")
         failures += content.packed_failures(linear.name, weight, shape)
     promised = history.sparsity(linear.ledger)
     if promised is not None:

@@ -85,7 +85,7 @@ class Comparison:
             key = f"{linear.name}.weight_scale"
             yield failed("baseline.scales", key, f"{key}: {complaint.text}")
         elif complaint is not None:
-            key = f"{linear.name}.weight_packed"
+            key = f"{linear.name}.{ours.key}"
             text = f"{linear.name}: {complaint.text}{self._diagnose(linear, origin, ours)}"
             yield failed("baseline.near", key, text)
 

@@ -57,9 +57,9 @@ def dense_failures(name: str, tensor: Tensor) -> Iterator[Finding]:
         yield failed("values.zero", name, f"{name} is all zeros")
 
 
-def packed_failures(name: str, packed: Packed, stored_shape: Tensor) -> Iterator[Finding]:
-    """A packed weight by the name of its linear layer."""
-    if tuple(stored_shape.tolist()) != packed.shape:
+def packed_failures(name: str, packed: Packed, stored_shape: Tensor | None) -> Iterator[Finding]:
+    """A packed weight by the name of its linear layer; plain int8 codes have no shape beside them."""
+    if stored_shape is not None and tuple(stored_shape.tolist()) != packed.shape:
         text = f"{name}.weight_shape says {stored_shape.tolist()}, the weight is {list(packed.shape)}"
         yield failed("values.shape", f"{name}.weight_shape", text)
         return
@@ -135,7 +135,7 @@ def _scale_failures(name: str, packed: Packed) -> Iterator[Finding]:
 
 
 def _code_failures(name: str, packed: Packed) -> Iterator[Finding]:
-    key = f"{name}.weight_packed"
+    key = f"{name}.{packed.key}"
     highest = packed.spec.highest
     reaching = used = large = 0
     lowest_code, highest_code = highest, packed.spec.lowest
@@ -165,7 +165,7 @@ def _code_failures(name: str, packed: Packed) -> Iterator[Finding]:
         text = f"{name}.weight_scale: {large:,} scales are more than {ABSURD:g} times the median of the weight"
         yield failed("values.scale_size", f"{name}.weight_scale", text)
     unused = 32 - packed.shape[1] * packed.spec.bits % 32
-    if unused < 32 and bool((packed.words[:, -1] >> (32 - unused)).any()):
+    if packed.key == "weight_packed" and unused < 32 and bool((packed.words[:, -1] >> (32 - unused)).any()):
         yield failed("values.codes", key, f"{key}: unused bits of a row's last word are set")
 
 

@@ -85,9 +85,10 @@ def _mistaken_config(stored: Stored, layout: Layout) -> str | None:
     held: set[tuple[int, int]] = set()
     for linear in layout.linears:
         if stored.is_packed(linear.name) and f"{linear.name}.weight_scale" in stored.reader:
-            width = linear.shape[1]
-            words, scales = (stored.reader.shape(f"{linear.name}.{part}") for part in ("weight_packed", "weight_scale"))
-            held.add((words[-1] * 32 // width, width // max(1, scales[-1])))
+            width, scales = linear.shape[1], stored.reader.shape(f"{linear.name}.weight_scale")
+            is_int8 = stored.is_int8(linear.name)
+            code_bits = 8 if is_int8 else stored.reader.shape(f"{linear.name}.weight_packed")[-1] * 32 // width
+            held.add((code_bits, width // max(1, scales[-1])))
     claimed = {spec for _, spec in stored.claims.groups}
     if held and not claimed:
         return "config.json: there is no quantization_config, but weights are packed: they would load as random ones"
@@ -102,6 +103,8 @@ def _mistaken_config(stored: Stored, layout: Layout) -> str | None:
 
 def _packed_keys(linear: Linear, claims: Claims) -> set[str]:
     spec = claims.spec_of(linear.name)
+    if spec is not None and spec.activation_bits:
+        return {f"{linear.name}.{part}" for part in ("weight", "weight_scale")}
     zeros = {f"{linear.name}.weight_zero_point"} if spec is not None and not spec.symmetric else set()
     return {f"{linear.name}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")} | zeros
 
@@ -122,11 +125,12 @@ def _packed_failures(stored: Stored, linear: Linear, dtype: torch.dtype) -> Iter
     except ValueError as error:
         yield failed("quantized.scheme", linear.name, f"{linear.name}: {error}")
         return
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight_packed": ((rows, packed_bytes(columns, spec.bits) // 4), torch.int32),
-        "weight_scale": ((rows, groups), dtype),
-        "weight_shape": ((2,), torch.int64),
-    }
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": ((rows, groups), dtype)}
+    if spec.activation_bits:
+        expected["weight"] = ((rows, columns), torch.int8)
+    else:
+        expected["weight_packed"] = ((rows, packed_bytes(columns, spec.bits) // 4), torch.int32)
+        expected["weight_shape"] = ((2,), torch.int64)
     if not spec.symmetric:
         expected["weight_zero_point"] = ((packed_bytes(rows, spec.bits) // 4, groups), torch.int32)
     for part, (shape, wanted) in expected.items():
@@ -155,7 +159,7 @@ def _dense_failures(
 
 def _coverage(stored: Stored, linear: Linear) -> Iterator[Finding]:
     packed, spec = stored.is_packed(linear.name), stored.claims.spec_of(linear.name)
-    if packed and f"{linear.name}.weight" in stored.reader:
+    if packed and f"{linear.name}.weight" in stored.reader and not stored.is_int8(linear.name):
         text = f"{linear.name} is stored twice, packed and dense"
         yield failed("quantized.coverage", linear.name, text)
     elif packed and spec is None:

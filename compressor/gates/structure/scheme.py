@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from compressor.models.packed_source import INPUTS, LAYOUTS
 from compressor.quant import QuantSpec
 
 
@@ -45,11 +46,11 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     if settings is None:
         return Claims()
     try:
-        for key, wanted in {"quant_method": "compressed-tensors", "format": "pack-quantized"}.items():
-            if settings.get(key) != wanted:
-                raise BadScheme(f"{key} is {settings.get(key)!r}, expected {wanted!r}")
+        for key, wanted in {"quant_method": ("compressed-tensors",), "format": LAYOUTS}.items():
+            if settings.get(key) not in wanted:
+                raise BadScheme(f"{key} is {settings.get(key)!r}, expected {' or '.join(map(repr, wanted))}")
         groups = tuple(
-            (tuple(group["targets"]), _spec(name, group["weights"]))
+            (tuple(group["targets"]), _spec(name, group, settings["format"]))
             for name, group in settings["config_groups"].items()
         )
         ignore = tuple(settings.get("ignore") or ())
@@ -63,8 +64,12 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     return Claims(groups, ignore)
 
 
-def _spec(name: str, weights: Mapping[str, Any]) -> QuantSpec:
+def _spec(name: str, scheme: Mapping[str, Any], layout: str) -> QuantSpec:
+    weights, inputs = scheme["weights"], scheme.get("input_activations") or {}
     strategy, group = weights["strategy"], weights["group_size"]
+    wanted = INPUTS if layout == "int-quantized" else {}
+    if bool(inputs) != bool(wanted) or any(inputs[key] != value for key, value in wanted.items()):
+        raise BadScheme(f"{name}: input_activations are {inputs or None}; {layout} takes {wanted or None}")
     if weights.get("type", "int") != "int" or weights.get("dynamic") or weights.get("actorder") == "group":
         raise BadScheme(
             f"{name}: weights are {dict(weights)}; expected static integers in the order of the row (no g_idx)"
@@ -72,7 +77,8 @@ def _spec(name: str, weights: Mapping[str, Any]) -> QuantSpec:
     if strategy not in ("group", "channel") or (strategy == "channel") != (group in (None, -1)):
         raise BadScheme(f"{name}: strategy {strategy!r} with group_size {group!r} contradict each other")
     try:
-        return QuantSpec(weights["num_bits"], None if strategy == "channel" else group, weights["symmetric"])
+        group_size = None if strategy == "channel" else group
+        return QuantSpec(weights["num_bits"], group_size, weights["symmetric"], inputs.get("num_bits"))
     except ValueError as error:
         raise BadScheme(f"{name}: {error}") from error
 

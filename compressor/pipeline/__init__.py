@@ -1,8 +1,10 @@
 """What the command line and training scripts call."""
 
+from compressor.pipeline.benching import bench
 from compressor.pipeline.bisecting import bisect
 from compressor.pipeline.gating import GateResult, gate, gate_self_test
-from compressor.pipeline.live import Applied, apply, doctor, export, generate, load, measure, measure_encoder
+from compressor.pipeline.generating import generate
+from compressor.pipeline.live import Applied, apply, doctor, export, load, measure, measure_encoder
 from compressor.pipeline.planning import Plan, check, make_plan
 from compressor.pipeline.running import RunResult, run
 from compressor.pipeline.sweeping import sweep
@@ -13,6 +15,7 @@ __all__ = [
     "Plan",
     "RunResult",
     "apply",
+    "bench",
     "bisect",
     "check",
     "doctor",

@@ -26,6 +26,7 @@ LIVE_SHARE = 0.6
 # The limits of a policy on speed, and the figure that each is about.
 LATENCY = {"decode_latency_ratio": "decode_ms_per_token", "prefill_latency_ratio": "prefill_ms"}
 NOT_WRITTEN = "it was not written to disk"
+NOT_OPENED = "GGUF is loaded by other software: time it there"
 
 
 def latency_budgets(policy: Policy | None) -> dict[str, float]:
@@ -66,10 +67,9 @@ def measure_speed(
 def add_peaks(memory: Memory, files: Path | None, wanted: Latency) -> Memory:
     """The memory section with what a process of its own takes to load the files and to generate with them."""
     keys = ("loading_peak_bytes", "generating_peak_bytes")
-    if files is None:
-        return replace(
-            memory, extra=dict.fromkeys(keys), reasons={**memory.reasons, **dict.fromkeys(keys, NOT_WRITTEN)}
-        )
+    if reason := _why_not_opened(files):
+        return replace(memory, extra=dict.fromkeys(keys), reasons={**memory.reasons, **dict.fromkeys(keys, reason)})
+    assert files is not None
     try:
         peaks = measure_peaks(files, prompt=wanted.prompt, generate=wanted.generate)
     except EnvironmentProblem as error:  # the process may have been killed for its memory, which says enough
@@ -97,13 +97,21 @@ def _in_turns(
 
 
 def _with_loading(figures: LatencyFigures, files: Path | None, baseline: Model | None) -> LatencyFigures:
-    if files is None:
-        return _extended(figures, {"load_s": None}, {"load_s": NOT_WRITTEN})
+    if reason := _why_not_opened(files):
+        return _extended(figures, {"load_s": None}, {"load_s": reason})
+    assert files is not None
     times = measure_loading(files, baseline=None if baseline is None else baseline.path)
     found: dict[str, Any] = {"load_s": times.load_s}
     if times.ratio_to_baseline is not None:
         found |= {"baseline_load_s": times.baseline_load_s, "load_ratio_to_baseline": times.ratio_to_baseline}
     return _extended(figures, found, times.reasons)
+
+
+def _why_not_opened(files: Path | None) -> str | None:
+    """Why a fresh process cannot load what was written, or None."""
+    if files is None:
+        return NOT_WRITTEN
+    return NOT_OPENED if any(files.glob("*.gguf")) else None
 
 
 def _extended(figures: LatencyFigures, extra: Mapping[str, Any], reasons: Mapping[str, str]) -> LatencyFigures:

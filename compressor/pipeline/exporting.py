@@ -1,7 +1,8 @@
 """The formats that a model is written in: how each is planned, written, proven, and where it lies in a run's folder."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from compressor.exporters import compare_reloaded, export_safetensors
 from compressor.exporters.gguf import compare_gguf, export_gguf, refuse_gguf
 from compressor.exporters.onnx import (
     ENCODERS,
+    Rounding,
     compare_encoder,
     compare_onnx,
     compare_with_torch,
@@ -22,6 +24,7 @@ from compressor.exporters.onnx import (
     export_onnx,
     export_with_torch,
     refuse_onnx,
+    round_with_torch,
 )
 from compressor.exporters.safetensors import Exported, copy_files
 from compressor.models import FAMILIES, Model, load_tokenizer, read_model_type, resolve
@@ -55,15 +58,20 @@ def write_export(options: Any, model: Model, out: Path, ids_NT: Tensor, staged: 
     `ids_NT` are token windows on which both are compared, `staged` is where it lies until then (on the same disk).
     Raises IntegrityError where they differ.
     """
-    staged = staged or out.with_name(f".{out.name}.partial")
+    with _appearing(out, staged or out.with_name(f".{out.name}.partial")) as folder:
+        return format_of(options).write(options, model, folder, ids_NT)
+
+
+@contextmanager
+def _appearing(out: Path, staged: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name, and the place of what was there, when nothing went wrong."""
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        written = format_of(options).write(options, model, staged, ids_NT)
+        yield staged
         shutil.rmtree(out, ignore_errors=True)
         staged.rename(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return written
 
 
 def is_modelled(name: str | Path) -> bool:
@@ -74,28 +82,33 @@ def is_modelled(name: str | Path) -> bool:
 
 
 def export_unmodelled(name: str, options: Onnx, out: Path) -> Written:
-    """Write a model of a family that passes do not know as ONNX, in float32: an encoder, or a decoder through torch.
+    """Write a model of a family that passes do not know as ONNX: an encoder, or a decoder through torch.
 
-    Nothing of it is quantized. Raises UnsupportedModel for options that only our own decoder graphs have.
+    Its weights stay float32 unless `weights` rounds them, which needs no calibration. Raises UnsupportedModel for
+    options that do nothing here.
     """
-    if options != Onnx():
-        raise UnsupportedModel(f"{name}: a model of this family is written in float32, without options")
-    source = resolve(name).path
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    _refuse_unused(name, options)
+    source, rounding = resolve(name).path, options.rounding()
+    with _appearing(out, out.with_name(f".{out.name}.partial")) as folder:
         if read_model_type(source) in ENCODERS:
-            exported = export_encoder(source, staged)
-            parity = compare_encoder(source, staged)
-        else:
-            exported, parity = _through_torch(source, staged)
-        staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return Written(exported.bytes, parity)
+            if options.head is not None:
+                raise UnsupportedModel(f"{name} is an encoder; it has no head to store as {options.head}")
+            exported = export_encoder(source, folder, rounding=rounding)
+            return Written(exported.bytes, compare_encoder(source, folder, rounding))
+        exported, parity = _through_torch(source, folder, rounding)
+        return Written(exported.bytes, parity)
 
 
-def _through_torch(source: Path, folder: Path) -> tuple[Exported, dict[str, Any]]:
+def _refuse_unused(name: str, options: Onnx) -> None:
+    default = Onnx()
+    for option in ("dtype", "embedding"):
+        if getattr(options, option) != getattr(default, option):
+            raise UnsupportedModel(f"{name}: {option} is for families that passes know; this one is written in float32")
+    if options.weights is None and options.accuracy_level != default.accuracy_level:
+        raise UnsupportedModel(f"{name}: accuracy_level is for rounded weights; give weights=int4 or weights=int8")
+
+
+def _through_torch(source: Path, folder: Path, rounding: Rounding | None) -> tuple[Exported, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     module: Any = AutoModelForCausalLM.from_pretrained(
@@ -104,8 +117,18 @@ def _through_torch(source: Path, folder: Path) -> tuple[Exported, dict[str, Any]
     exported = export_with_torch(module.eval(), module.config, folder)
     copy_files(source, folder)
     text = next(iter(load_texts(DEMO_TEXT, "held_out").values()))
-    ids = windows(text, load_tokenizer(source), PARITY_TEXT, 1)
-    return exported, compare_with_torch(module, folder, ids.flatten())
+    ids = windows(text, load_tokenizer(source), PARITY_TEXT, 1).flatten()
+    parity = compare_with_torch(module, folder, ids)
+    if rounding is None:
+        return exported, parity
+    exported, rounded = round_with_torch(module, folder, rounding, ids)
+    return exported, rounded | {"float32": parity}
+
+
+def measured_files(out: Path, formats: Iterable[Any]) -> Path | None:
+    """What the figures of a run's files are of, where it writes several formats: those nearest to the model itself."""
+    written = {format_of(options).folder for options in formats}
+    return next((out / format.folder for format in FORMATS.values() if format.folder in written), None)
 
 
 def format_of(options: Any) -> Format:
@@ -120,6 +143,15 @@ def _few(ids_NT: Tensor) -> Tensor:
 def _write_safetensors(options: Safetensors, model: Model, folder: Path, ids_NT: Tensor) -> Written:
     exported = export_safetensors(model, folder, shard_bytes=options.shard)
     return Written(exported.bytes, compare_reloaded(model, folder, _few(ids_NT)))
+
+
+def _refuse_onnx(options: Onnx, model: Model, _: Mapping[str, QuantSpec]) -> None:
+    if options.weights is not None:
+        raise UnsupportedModel(
+            f"{model.name}: `weights` rounds families that passes do not know; this one is quantized by a pass, "
+            f"`quantize: {{bits: {options.weights[3:]}}}` in a recipe for `compress run`, and exported with its codes"
+        )
+    refuse_onnx(model, options.settings())
 
 
 def _write_onnx(options: Onnx, model: Model, folder: Path, ids_NT: Tensor) -> Written:
@@ -140,12 +172,23 @@ def _write_onnx(options: Onnx, model: Model, folder: Path, ids_NT: Tensor) -> Wr
 def _write_gguf(options: Gguf, model: Model, folder: Path, ids_NT: Tensor) -> Written:
     exported = export_gguf(model, folder, type=options.type)
     parity: dict[str, Any] = compare_gguf(model, exported.file, _few(ids_NT))
-    about = {"file": exported.file.name, "lossless": exported.lossless, "notes": list(exported.notes)}
+    about = {
+        "file": exported.file.name,
+        "lossless": exported.lossless,
+        "notes": list(exported.notes),
+        "types": exported.types,
+        "reasons": exported.reasons,
+        "inexact": exported.inexact,
+    }
     return Written(exported.bytes, parity | about)
 
 
 FORMATS: dict[type, Format] = {
     Safetensors: Format("model", lambda *_: None, _write_safetensors),
-    Onnx: Format("onnx", lambda options, model, _: refuse_onnx(model, options.settings()), _write_onnx),
-    Gguf: Format("gguf", lambda options, model, schemes: refuse_gguf(model.config, schemes, options.type), _write_gguf),
+    Onnx: Format("onnx", _refuse_onnx, _write_onnx),
+    Gguf: Format(
+        "gguf",
+        lambda options, model, schemes: refuse_gguf(model.config, model.tokenizer, schemes, options.type),
+        _write_gguf,
+    ),
 }

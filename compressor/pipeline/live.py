@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import DEMO_TEXT, Calibration, Progress, load_texts, windows
-from compressor.errors import EnvironmentProblem, RecipeError
+from compressor.errors import RecipeError
 from compressor.exporters.onnx import ENCODERS
 from compressor.layers import CPU, relayout
 from compressor.metrics import describe_environment
@@ -21,7 +21,7 @@ from compressor.models import Model, read_model_type, wrap_live
 from compressor.passes import Context, Pass
 from compressor.pipeline.comparing import compare_models
 from compressor.pipeline.exporting import PARITY_TEXT, export_unmodelled, format_of, is_modelled, write_export
-from compressor.pipeline.onnx_subject import is_onnx, load_subject
+from compressor.pipeline.onnx_subject import is_onnx, stored_model
 from compressor.recipe import Evaluate, Onnx, parse_export
 from compressor.reports import Ledger, check_complete
 from compressor.reports.delta import delta
@@ -78,28 +78,10 @@ def load(name: str | Path, *, fast: bool = True) -> nn.Module:
         if read_model_type(Path(name)) in ENCODERS:
             return open_onnx_encoder(Path(name))
         return open_onnx(Path(name), accuracy_level=None if fast else 0)
-    module = _stored(name).take_live()
+    module = stored_model(name).take_live()
     if fast:
         relayout(module, CPU)
     return module
-
-
-def generate(model: str | nn.Module, prompt: str, max_new_tokens: int = 32, *, tokenizer: Any = None) -> str:
-    """Continue a prompt greedily; the model by name, or a live one with its tokenizer."""
-    if isinstance(model, str):
-        stored = _stored(model)
-        with stored.live() as module:
-            return generate(module, prompt, max_new_tokens, tokenizer=stored.tokenizer)
-    if tokenizer is None:
-        raise RecipeError("generate: a live model needs its tokenizer")
-    inputs = tokenizer(prompt, return_tensors="pt")
-    live: Any = model
-    inputs.pop("token_type_ids", None)
-    with torch.inference_mode():
-        ids = live.generate(
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-        )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def measure(
@@ -153,7 +135,7 @@ def export(
     if isinstance(wanted, Onnx) and not isinstance(model, Model) and not is_modelled(model):
         written = export_unmodelled(str(model), wanted, out)
         return {"format": format, "path": str(out), "bytes": written.bytes, "parity": written.parity}
-    subject = _stored(model)
+    subject = stored_model(model)
     if is_onnx(subject.source.path):
         raise RecipeError(f"{subject.name} is an ONNX folder; give the model or the run that it was written from")
     format_of(wanted).refuse(wanted, subject, {})
@@ -210,19 +192,4 @@ def _subject(model: str | Model | nn.Module, tokenizer: Any) -> Model:
         if tokenizer is None:
             raise RecipeError("measure: a live model needs its tokenizer")
         return wrap_live(model, tokenizer)
-    return _stored(model)
-
-
-def _stored(model: str | Path | Model) -> Model:
-    if isinstance(model, Model):
-        return model
-    return load_subject(_model_folder(Path(model)) if Path(model).is_dir() else model)
-
-
-def _model_folder(path: Path) -> Path:
-    """A run's folder means its `model/`."""
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    if (path / "work").is_dir() and not (path / "config.json").exists():
-        raise EnvironmentProblem(f"{path}: this run has not finished; `compress run` with the same recipe continues it")
-    return path
+    return stored_model(model)

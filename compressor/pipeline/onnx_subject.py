@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import EnvironmentProblem
 from compressor.models import Model, Source, build_skeleton, family_of, load_model, load_tokenizer
 from compressor.models.model import State
 from compressor.runtimes import OnnxModel, open_onnx
@@ -28,6 +29,18 @@ def is_onnx(name: str | Path) -> bool:
 def load_subject(name: str | Path) -> Model:
     """A model to be measured: an ONNX folder in onnxruntime, anything else as `load_model` has it."""
     return OnnxSubject(Path(name)) if is_onnx(name) else load_model(str(name))
+
+
+def stored_model(model: str | Path | Model) -> Model:
+    """A model by name or as it is; a run's folder means its `model/`. EnvironmentProblem for a run that is not done."""
+    if isinstance(model, Model):
+        return model
+    path = Path(model)
+    if (path / "model" / "config.json").exists():
+        return load_subject(path / "model")
+    if (path / "work").is_dir() and not (path / "config.json").exists():
+        raise EnvironmentProblem(f"{path}: this run has not finished; `compress run` with the same recipe continues it")
+    return load_subject(model)
 
 
 class OnnxSubject(Model):

@@ -18,7 +18,7 @@ from compressor.metrics import PeakMemory, describe_environment
 from compressor.models import Model, load_model
 from compressor.passes import PASSES, Context
 from compressor.pipeline.costs import latency_budgets
-from compressor.pipeline.exporting import format_of, write_export
+from compressor.pipeline.exporting import format_of, measured_files, write_export
 from compressor.pipeline.folder import RunFolder, claimed, default_out, journal_key, text_digests
 from compressor.pipeline.gating import gate_run
 from compressor.pipeline.measuring import Measured, Measuring, suite_texts
@@ -77,7 +77,7 @@ def run(
             done = _apply(step, i, model, recipe, folder, source, progress)
             last = i == len(recipe.passes) - 1
             exports = [_export(target, model, texts.own[0].ids, folder) for target in recipe.export] if last else []
-            files = out / exports[0].path if exports else None
+            files = measured_files(out, recipe.export) if last else None
             after = measure(model, i, files=files, full=last or evaluate.when == "each")
             name = step.id or (kind if _is_only(kind, recipe) else f"{kind}-{i + 1}")  # type: ignore[attr-defined]
             options = step.model_dump(mode="json", exclude={"id"})
@@ -210,7 +210,8 @@ def _describe(recipe: Recipe) -> str:
             case "quantize":
                 grid = "symmetric" if options.symmetric else "asymmetric"
                 group = "one scale a row" if options.group_size == "channel" else f"groups of {options.group_size}"
-                parts.append(f"int{options.bits}, {grid}, {group} ({options.method})")
+                inputs = ", int8 activations" if options.activations else ""
+                parts.append(f"int{options.bits}, {grid}, {group}{inputs} ({options.method})")
             case "prune":
                 parts.append(f"{options.structure} pruning of {options.ratio:.0%} ({options.score})")
             case "distill":

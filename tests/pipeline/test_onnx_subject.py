@@ -114,6 +114,28 @@ def test_a_run_writes_all_three_formats(world, tmp_path):
     assert exports["gguf"]["parity"]["greedy_equal"]
 
 
+def test_a_run_that_writes_gguf_alone_measures_that_file(world, tmp_path):
+    """Its bytes; loading is other software's, which the report says instead of a time."""
+    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    recipe = tmp_path / "recipe.yaml"
+    text = world["evaluate"].text["small"]
+    latency = {"batch": [1], "prompt": 8, "generate": 2, "loading": True}
+    recipe.write_text(
+        json.dumps({
+            "model": str(world["dense"]),
+            "passes": [{"quantize": {"method": "rtn", "scale_search": "mse", "group_size": 32}}],
+            "evaluate": {"text": {"small": text}, "windows": 2, "length": 64, "latency": latency},
+            "export": ["gguf"],
+        })
+    )  # fmt: skip
+    out = run(recipe, tmp_path / "out").out
+    measured = json.loads((out / "report.json").read_text())["steps"][-1]["measurement"]
+    (file,) = (out / "gguf").glob("*.gguf")
+    assert measured["memory"]["file_bytes"] == file.stat().st_size
+    assert measured["latency"]["load_s"] is None
+    assert measured["latency"]["load_s_reason"] == "GGUF is loaded by other software: time it there"
+
+
 def test_a_family_that_passes_do_not_know_goes_through_torch(tmp_path):
     """GPT-2 has learned positions and transposed weights; nothing of ours knows it."""
     torch.manual_seed(0)
@@ -135,12 +157,37 @@ def test_an_encoder_is_exported_and_loaded(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     assert export(tmp_path / "bert", tmp_path / "onnx", "onnx")["parity"]["max_abs"] <= 1e-4
     assert load(tmp_path / "onnx")(tiny_ids(1, 8)).last_hidden_state.shape == (1, 8, 32)
+    written = export(tmp_path / "bert", tmp_path / "int4", "onnx", {"weights": "int4"})
+    assert (written["parity"]["rounded"], written["parity"]["max_abs"] <= 1e-4) == (6, True)
+    with pytest.raises(UnsupportedModel, match="is an encoder; it has no head to store as int8"):
+        export(tmp_path / "bert", tmp_path / "head", "onnx", {"weights": "int4", "head": "int8"})
 
 
-def test_options_of_our_own_graphs_are_refused_elsewhere(tmp_path):
-    """A torch graph has no accuracy_level; nothing is written."""
+def test_families_that_passes_know_are_quantized_by_a_pass(world, tmp_path):
+    """Not while they are exported: the message says how."""
+    with pytest.raises(UnsupportedModel, match=r"quantize: \{bits: 4\}. in a recipe for .compress run."):
+        export(world["dense"], tmp_path / "onnx", "onnx", {"weights": "int4"})
+
+
+def test_a_group_size_without_weights_is_refused(tmp_path):
+    """It would do nothing."""
+    with pytest.raises(RecipeError, match="group_size belongs to `weights: int4`"):
+        export(tmp_path, tmp_path / "onnx", "onnx", {"group_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"accuracy_level": 0}, "accuracy_level is for rounded weights; give weights=int4 or weights=int8"),
+        ({"dtype": "float16"}, "dtype is for families that passes know; this one is written in float32"),
+        ({"weights": "int4", "embedding": "int8"}, "embedding is for families that passes know"),
+    ],
+    ids=str,
+)
+def test_options_that_do_nothing_in_a_torch_graph_are_refused(options, said, tmp_path):
+    """Before anything is written."""
     (tmp_path / "gpt2").mkdir()
     GPT2Config(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(UnsupportedModel, match="float32, without options"):
-        export(tmp_path / "gpt2", tmp_path / "onnx", "onnx", {"accuracy_level": 0})
+    with pytest.raises(UnsupportedModel, match=said):
+        export(tmp_path / "gpt2", tmp_path / "onnx", "onnx", options)
     assert not (tmp_path / "onnx").exists()

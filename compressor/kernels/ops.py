@@ -7,12 +7,16 @@ as `token_codes` rounds it; the tests hold the ops to it.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from compressor.kernels import cpu_dense
+
 INT4_GROUPS = (32, 64, 128)  # what both the op and our formats take
 INT4_ROW_MULTIPLE = 16
+INT4_ROW_BLOCK = 64  # rows that ATen's CPU layout interleaves at most: weights of whole blocks can be put together
 TOKENS_AT_ONCE = 128  # of `w8a8_linear`: they stay in the cache from rounding to result
 
 _library = torch.library.Library("compressor", "DEF")
@@ -22,7 +26,13 @@ _library.define("w8a8_linear(Tensor x, Tensor codes, Tensor scales) -> Tensor")
 
 
 def int4_linear_cpu(x_MI: Tensor, packed: Tensor, scales_zeros: Tensor, group_size: int) -> Tensor:
-    """x times the transposed int4 weight; `packed` from `pack_int4_cpu`, output `[M, O]` in x's dtype."""
+    """x times the transposed int4 weight; `packed` from `pack_int4_cpu`, output `[M, O]` in x's dtype.
+
+    Few tokens go through ATen's op, many through dense slices of the weight, whichever is faster on this machine.
+    """
+    many = cpu_dense.from_tokens()
+    if many is not None and len(x_MI) >= many:
+        return cpu_dense.multiply(x_MI.to(torch.bfloat16), packed, scales_zeros).to(x_MI.dtype)
     result = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI.to(torch.bfloat16), packed, group_size, scales_zeros)
     return result.to(x_MI.dtype)
 
@@ -56,9 +66,9 @@ def token_codes(x_MI: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).clamp_(-128, 127).round_(), scales
 
 
-_library.impl("int4_linear", int4_linear_cpu, "CPU")
-_library.impl("int8_linear", int8_linear_cpu, "CPU")
-_library.impl("w8a8_linear", w8a8_linear_cpu, "CPU")
+CPU_OPS = SimpleNamespace(int4_linear=int4_linear_cpu, int8_linear=int8_linear_cpu, w8a8_linear=w8a8_linear_cpu)
+for _name, _op in vars(CPU_OPS).items():
+    _library.impl(_name, _op, "CPU")
 
 
 @torch.library.register_fake("compressor::int4_linear", lib=_library)
@@ -97,8 +107,13 @@ def pack_int4_cpu(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None) 
 def unpack_int4_cpu(packed: Tensor, in_features: int) -> Tensor:
     """The codes `[O, I]` (int8) back out of ATen's layout, which depends on the machine.
 
-    The op itself is asked: with scale 1 and zero 0 its product with the identity is the code matrix, exactly.
+    The op itself is asked where the layout is none that is known: with scale 1 and zero 0 its product with the identity
+    is the code matrix, exactly.
     """
+    block = cpu_dense.rows_of_block()
+    if block is not None:
+        ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(1, len(packed), 2)
+        return cpu_dense.dense(packed, ones, block).T.to(torch.int8).contiguous()
     num_groups = in_features // INT4_GROUPS[0]
     ones = torch.stack([torch.ones(num_groups, packed.shape[0]), torch.zeros(num_groups, packed.shape[0])], dim=-1)
     identity = torch.eye(in_features, dtype=torch.bfloat16)

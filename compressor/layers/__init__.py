@@ -1,5 +1,6 @@
 """Packed modules that call kernels.ops."""
 
+from compressor.layers.joining import joined
 from compressor.layers.packed import (
     CANONICAL,
     CPU,
@@ -11,4 +12,14 @@ from compressor.layers.packed import (
     routed,
 )
 
-__all__ = ["CANONICAL", "CPU", "PackedExperts", "PackedLinear", "PackedWeight", "packed_weights", "relayout", "routed"]
+__all__ = [
+    "CANONICAL",
+    "CPU",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedWeight",
+    "joined",
+    "packed_weights",
+    "relayout",
+    "routed",
+]

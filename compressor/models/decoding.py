@@ -5,23 +5,31 @@ kernels, finding 7). B sequences, S new tokens, T tokens in the cache with them,
 value heads, W width of a head, R rotary frequencies, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compressor.algorithms.rounding import round_to_nearest
+from compressor.layers import joined
 from compressor.models.anatomy import Block
 from compressor.models.decoder import Decoder, attention_scale, describe_decoder, norm_weight
 from compressor.models.model import Model
 from compressor.quant import QuantSpec
 from compressor.runtimes.generating import generate
 
+ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+}
 FIRST_ROOM = 256  # tokens that a cache has room for at first; it doubles
 
 
@@ -55,6 +63,8 @@ class _Layer:
 
     attention: Any
     feed_forward: Any
+    queries_keys_values: Any | None  # one layer instead of three
+    gates_ups: Any | None  # one instead of two
     before_attention: Tensor
     after_attention: Tensor | None
     before_feed_forward: Tensor
@@ -167,9 +177,7 @@ class StaticDecoder(nn.Module):
         if layer.after_attention is not None:  # Gemma 2 and 3: norms around both parts
             attended = self._norm(attended, layer.after_attention)
         hidden = hidden + attended
-        out = layer.feed_forward(self._norm(hidden, layer.before_feed_forward))
-        if isinstance(out, tuple):  # some routers hand their logits on
-            out = out[0]
+        out = self._feed_forward(layer, self._norm(hidden, layer.before_feed_forward))
         if layer.after_feed_forward is not None:
             out = self._norm(out, layer.after_feed_forward)
         return hidden + out
@@ -188,12 +196,20 @@ class StaticDecoder(nn.Module):
         mixed = self._attend(_turned(query, turn), keys, values, layer.scale, mask, causal=new > 1)
         return layer.attention.o_proj(mixed.transpose(1, 2).reshape(batch, new, -1))
 
+    def _feed_forward(self, layer: _Layer, x: Tensor) -> Tensor:
+        if layer.gates_ups is None:
+            out = layer.feed_forward(x)
+            return out[0] if isinstance(out, tuple) else out  # some routers hand their logits on
+        gate, up = layer.gates_ups(x).chunk(2, dim=-1)
+        return layer.feed_forward.down_proj(ACTIVATE[self.decoder.activation](gate).mul_(up))
+
     def _queries_keys_values(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, heads, S, W]` each, before rotation."""
         decoder, attention = self.decoder, layer.attention
-        if hasattr(attention, "qkv_proj"):  # Phi-3
+        whole = layer.queries_keys_values
+        if whole is not None:
             widths = [decoder.head_dim * count for count in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
-            parts = list(attention.qkv_proj(x).split(widths, dim=-1))
+            parts = list(whole(x).split(widths, dim=-1))
         else:
             parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
         for position, weight in enumerate((layer.query_norm, layer.key_norm)):
@@ -231,7 +247,12 @@ class StaticDecoder(nn.Module):
         )
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self.decoder.eps)
+        """RMS norm. On a CPU torch has no kernel for it, but x beside -x has no mean, and a kernel for layer norms."""
+        if x.device.type != "cpu":
+            return rms_norm(x, weight.shape, weight, self.decoder.eps)
+        width = x.shape[-1]
+        normed = layer_norm(torch.cat([x, -x], dim=-1), (2 * width,), eps=self.decoder.eps)
+        return normed[..., :width] * weight
 
     def _logits(self, normed: Tensor) -> Tensor:
         if self._int8_head is not None:
@@ -245,13 +266,14 @@ class StaticDecoder(nn.Module):
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def _turn(self, kind: str, positions_BS: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions, `[B, 1, S, R]`."""
+        """cos of the positions for both halves of a head, and sin, negative for the first, `[B, 1, S, 2R]`."""
         if kind not in self._tables or self._tables[kind][0].shape[0] < total:
             rotary = self.decoder.rotary[kind]
             places = torch.arange(max(FIRST_ROOM, 2 * total), dtype=torch.float32).unsqueeze(1)
             angles = places * rotary.frequencies_R.cpu()
-            cos, sin = (f(angles).mul(rotary.scaling).to(self.device, self.dtype) for f in (torch.cos, torch.sin))
-            self._tables[kind] = cos, sin
+            cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+            tables = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            self._tables[kind] = tables[0].to(self.device, self.dtype), tables[1].to(self.device, self.dtype)
         cos, sin = self._tables[kind]
         return cos[positions_BS].unsqueeze(1), sin[positions_BS].unsqueeze(1)
 
@@ -273,9 +295,12 @@ def _layer(block: Block, module: Any, decoder: Decoder, dtype: torch.dtype) -> _
     assert before_attention is not None
     assert before_feed_forward is not None
     window = decoder.window_of(block.index)
+    attention, feed_forward = module.self_attn, module.mlp
     return _Layer(
-        attention=module.self_attn,
-        feed_forward=module.mlp,
+        attention=attention,
+        feed_forward=feed_forward,
+        queries_keys_values=_as_one(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        gates_ups=_as_one(feed_forward, "gate_up_proj", ("gate_proj", "up_proj")),
         before_attention=before_attention,
         after_attention=weight(module, "post_attention_layernorm") if around else None,
         before_feed_forward=before_feed_forward,
@@ -288,13 +313,20 @@ def _layer(block: Block, module: Any, decoder: Decoder, dtype: torch.dtype) -> _
     )
 
 
+def _as_one(owner: Any, whole: str, parts: tuple[str, ...]) -> Any | None:
+    """The layer that computes `parts` at once: the model's own (Phi-3) or theirs joined; None if neither is."""
+    if hasattr(owner, whole):
+        return getattr(owner, whole)
+    return joined([getattr(owner, part) for part in parts]) if all(hasattr(owner, part) for part in parts) else None
+
+
 def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """The first 2R numbers of each head, rotated in halves as transformers does; the rest as they are."""
     cos, sin = turn
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*parts, x[..., 2 * half :]] if x.shape[-1] > 2 * half else parts, dim=-1)
+    width = cos.shape[-1]
+    rotated = x[..., :width]
+    rotated = torch.addcmul(rotated * cos, rotated.roll(width // 2, -1), sin)
+    return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)
 
 
 def _mask(

@@ -1,5 +1,6 @@
 """The formats that a model is written in: how each is planned, written, proven, and where it lies in a run's folder."""
 
+import errno
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import DEMO_TEXT, load_texts, windows
-from compressor.errors import UnsupportedModel
+from compressor.errors import EnvironmentProblem, UnsupportedModel
 from compressor.exporters import compare_reloaded, export_safetensors
 from compressor.exporters.gguf import compare_gguf, export_gguf, refuse_gguf
 from compressor.exporters.onnx import (
@@ -27,11 +28,13 @@ from compressor.exporters.onnx import (
     round_with_torch,
 )
 from compressor.exporters.safetensors import Exported, copy_files
+from compressor.metrics import file_bytes
 from compressor.models import FAMILIES, Model, load_tokenizer, read_model_type, resolve
 from compressor.quant import QuantSpec
 from compressor.recipe import Gguf, Onnx, Safetensors
 
 PARITY_WINDOWS, PARITY_LENGTH = 2, 64
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PARITY_TEXT = 256  # tokens on which a graph is compared with its model
 
 
@@ -70,6 +73,13 @@ def _appearing(out: Path, staged: Path) -> Iterator[Path]:
         yield staged
         shutil.rmtree(out, ignore_errors=True)
         staged.rename(out)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        written, free = file_bytes(staged), shutil.disk_usage(staged.parent).free
+        raise EnvironmentProblem(
+            f"{out}: the disk is full: {written:,} bytes of it were written, {free:,} are free"
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -13,7 +13,8 @@ SPECS = [QuantSpec(4, 32), QuantSpec(4, 32, symmetric=False), QuantSpec(8, None)
 def layer(rows: int, spec: QuantSpec, *, bias: bool = False) -> PackedLinear:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, 64, generator=generator).to(torch.bfloat16)
-    return PackedLinear(PackedWeight.of(round_to_nearest(weight, spec)), torch.ones(rows, dtype=torch.bfloat16) if bias else None)
+    ones = torch.ones(rows, dtype=torch.bfloat16) if bias else None
+    return PackedLinear(PackedWeight.of(round_to_nearest(weight, spec)), ones)
 
 
 def a_batch() -> torch.Tensor:

@@ -1,12 +1,13 @@
 """An ONNX folder is exported, loaded, asked, measured and gated like any model."""
 
+import errno
 import json
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from compressor.errors import RecipeError, UnsupportedModel
+from compressor.errors import EnvironmentProblem, RecipeError, UnsupportedModel
 from compressor.gates import Policy
 from compressor.metrics import TextSet, measure_accuracy
 from compressor.models import load_model
@@ -112,6 +113,18 @@ def test_a_run_writes_all_three_formats(world, tmp_path):
     }  # fmt: skip
     assert exports["onnx"]["parity"]["max_abs"] <= 1e-4
     assert exports["gguf"]["parity"]["greedy_equal"]
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(world, tmp_path, monkeypatch):
+    from compressor.exporters.onnx import writer
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "copy_companions", full)
+    with pytest.raises(EnvironmentProblem, match=r"the disk is full: [1-9][0-9,]* bytes of it were written"):
+        export(world["dense"], tmp_path / "onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_writes_gguf_alone_measures_that_file(world, tmp_path):

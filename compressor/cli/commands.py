@@ -217,11 +217,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same.")] = 0,
     int8_head: Annotated[bool, typer.Option("--int8-head", help="Round the output head to int8: faster.")] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> Answer:
     """Let a model go on from a prompt: greedily, or drawn where a temperature, top-k or top-p is given."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is not cpu or cuda", param_hint="--device")
     from compressor import pipeline
 
     drawn = temperature is not None or top_k > 0 or top_p < 1
@@ -232,7 +235,7 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    text = pipeline.generate(model, prompt, max_new_tokens, int8_head=int8_head, **sampling)
+    text = pipeline.generate(model, prompt, max_new_tokens, int8_head=int8_head, device=device, **sampling)
     return Answer({"model": model, "prompt": prompt, "text": text}, text)
 
 

@@ -1,9 +1,8 @@
 """Packed modules that call kernels.ops."""
 
 from compressor.layers.joining import joined
+from compressor.layers.layouts import CANONICAL, CPU, CUDA
 from compressor.layers.packed import (
-    CANONICAL,
-    CPU,
     PackedExperts,
     PackedLinear,
     PackedWeight,
@@ -15,6 +14,7 @@ from compressor.layers.packed import (
 __all__ = [
     "CANONICAL",
     "CPU",
+    "CUDA",
     "PackedExperts",
     "PackedLinear",
     "PackedWeight",

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.kernels import ops
+from compressor.kernels import ops, ops_experts, ops_tiled  # noqa: F401  (the ops on our tiles)
+from compressor.kernels.cuda.experts import ACTIVATIONS, MAX_EXPERTS
+from compressor.kernels.ops_experts import activate
+from compressor.layers.layouts import (
+    CANONICAL,
+    CPU,
+    CUDA,
+    LAYOUTS,
+    fits_cpu,
+    fits_cuda,
+    int4_group,
+    to_canonical,
+    to_layout,
+)
 from compressor.quant import QuantizedTensor, QuantSpec, pack_codes, packed_bytes, unpack_codes
-
-CANONICAL = "canonical"  # docs/format.md: the layout of files; computes by dequantizing, exactly
-CPU = "cpu"  # ATen's int4pack, or plain int8 codes with one scale a row
 
 
 class PackedWeight(nn.Module):
@@ -21,7 +31,8 @@ class PackedWeight(nn.Module):
 
     In the canonical layout products are exact: the weight is dequantized to the dtype of the activations, and these are
     rounded to int8 first where the spec says so (`rounded_inputs`).
-    `relayout("cpu")` moves to the layout of the fast op where there is one for this spec and shape (`fast_layout`).
+    `relayout("cpu")` and `relayout("cuda")` move to the layout of the fast op where there is one for this spec and
+    shape (`fits`). A stack moves to the latter only inside `PackedExperts`, which says whether its kernel fits.
     """
 
     words: Tensor
@@ -33,6 +44,7 @@ class PackedWeight(nn.Module):
         self.spec = spec
         self.shape = tuple(shape)
         self.layout = CANONICAL
+        self.stacked_for: str | None = None  # the op of experts that this stack is for: "gate_up", "down", or none
         self.file_dtype = scale_dtype  # survives `module.float()`, which widens the scales
         *rows, in_features = self.shape
         groups = (*rows, spec.num_groups(in_features))
@@ -53,7 +65,7 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The codes, scales and zeros again, as before packing."""
-        if self.layout == CPU:
+        if self.layout != CANONICAL:
             raise RuntimeError("codes are read from the canonical layout: call relayout('canonical') first")
         codes = unpack_codes(self.words, self.spec.bits, self.shape[-1])
         return QuantizedTensor(codes, self.scales, self.zeros, self.spec)
@@ -74,25 +86,30 @@ class PackedWeight(nn.Module):
         return QuantizedTensor(codes, self.scales[expert], zeros, self.spec)
 
     def fast_layout(self) -> str | None:
-        """The layout of the fast CPU op for this weight, or None where only exact arithmetic is possible."""
-        *_, out_features, in_features = self.shape
-        if self.spec.bits == 4 and self._int4_group() and out_features % ops.INT4_ROW_MULTIPLE == 0:
-            return CPU
-        if self.spec.activation_bits and not ops.adds_bytes_exactly():
-            return None
-        if self.spec.bits == 8 and self.spec.symmetric and self.spec.group_size is None and in_features % 4 == 0:
-            return CPU
-        return None
+        """The layout of the fast op for this weight where it lies, or None where only exact arithmetic is possible."""
+        layout = CUDA if self.words.is_cuda else CPU
+        return layout if self.fits(layout) else None
+
+    def fits(self, layout: str) -> bool:
+        """Whether this weight has such a layout, on the device where it lies."""
+        if layout == CPU:
+            return not self.words.is_cuda and fits_cpu(self.spec, self.shape)
+        stands_alone = len(self.shape) == 3 and self.stacked_for is None
+        return layout == CANONICAL or (not stands_alone and fits_cuda(self.spec, self.shape, self.file_dtype))
 
     def relayout(self, layout: str) -> None:
-        """Move to another layout in place; to `cpu` only where `fast_layout` says so (otherwise nothing changes)."""
-        if layout == self.layout or (layout == CPU and self.fast_layout() is None):
+        """Move to another layout in place, bit for bit; nothing changes where this weight does not have it (`fits`)."""
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r}; possible are {', '.join(LAYOUTS)}")
+        if layout == self.layout or not self.fits(layout):
             return
-        if self.spec.bits == 4:
-            self._relayout_int4(layout)
-        else:
-            in_features = self.shape[-1]
-            self.words = unpack_codes(self.words, 8, in_features) if layout == CPU else pack_codes(self.words, 8)
+        held = self.words, self.scales, self.zeros
+        gated = self.stacked_for == "gate_up"
+        if self.layout != CANONICAL:
+            held = to_canonical(self.layout, self.spec, self.shape, held, gated=gated, dtype=self.file_dtype)
+        if layout != CANONICAL:
+            held = to_layout(layout, self.spec, self.shape, held, gated=gated)
+        self.words, self.scales, self.zeros = held
         self.layout = layout
 
     def matmul(self, x_MI: Tensor, expert: int | None = None, bias_O: Tensor | None = None) -> Tensor:
@@ -100,7 +117,7 @@ class PackedWeight(nn.Module):
         if self.layout == CANONICAL:
             x = rounded_inputs(x_MI) if self.spec.activation_bits else x_MI
             return nn.functional.linear(x, self.dequantize(x_MI.dtype, expert), bias_O)
-        product = self._fast_product(x_MI, expert)
+        product = self._fast_product(x_MI, expert) if self.layout == CPU else self._tiled_product(x_MI)
         return product if bias_O is None else product + bias_O
 
     def _fast_product(self, x_MI: Tensor, expert: int | None) -> Tensor:
@@ -108,7 +125,7 @@ class PackedWeight(nn.Module):
         # torch's way to an op written in Python costs 12 us, as much as a small product
         call: Any = torch.ops.compressor if torch.compiler.is_compiling() else ops.CPU_OPS
         if self.spec.bits == 4:
-            group_size = self._int4_group()
+            group_size = int4_group(self.spec, self.shape[-1])
             assert group_size is not None
             return call.int4_linear(x_MI, words, scales, group_size)
         if self.spec.activation_bits:
@@ -116,41 +133,15 @@ class PackedWeight(nn.Module):
         # the op takes bfloat16 only; scales of a float16 or float32 model are kept as they are
         return call.int8_linear(x_MI, words, scales.flatten().to(torch.bfloat16))
 
-    def _int4_group(self) -> int | None:
-        """The group that the int4 op is told: ours, or for one scale a row the largest that divides the row."""
-        if self.spec.group_size is not None:
-            return self.spec.group_size
-        return next((g for g in reversed(ops.INT4_GROUPS) if self.shape[-1] % g == 0), None)
-
-    def _relayout_int4(self, layout: str) -> None:
-        stacked = self.words if len(self.shape) == 3 else self.words.unsqueeze(0)
-        scales = self.scales if len(self.shape) == 3 else self.scales.unsqueeze(0)
-        in_features = self.shape[-1]
-        if layout == CPU:
-            zeros = [None] * len(stacked) if self.zeros is None else self.zeros.reshape(-1, *scales.shape[1:])
-            repeat = in_features // self._int4_group() // scales.shape[-1]  # type: ignore[operator]
-            parts = [
-                ops.pack_int4_cpu(
-                    unpack_codes(words, 4, in_features),
-                    scale.repeat_interleave(repeat, dim=-1),
-                    None if zero is None else zero.repeat_interleave(repeat, dim=-1),
-                )
-                for words, scale, zero in zip(stacked, scales, zeros, strict=True)
-            ]
-            words, scales = torch.stack([p for p, _ in parts]), torch.stack([s for _, s in parts])
-        else:
-            words = torch.stack([pack_codes(ops.unpack_int4_cpu(part, in_features), 4) for part in stacked])
-            grouped = scales[:, :: scales.shape[1] // self.spec.num_groups(in_features), :, :].transpose(1, 2)
-            scale, shift = grouped[..., 0].float(), grouped[..., 1].float()
-            self.zeros = (
-                None if self.spec.symmetric else (-shift / scale).round().to(torch.int8).reshape(*self.shape[:-1], -1)
-            )
-            scales = grouped[..., 0]
-        one = len(self.shape) == 2
-        self.words = words[0].contiguous() if one else words
-        self.scales = scales[0].contiguous() if one else scales.contiguous()
-        if layout == CPU:
-            self.zeros = None  # they live in the shift beside each scale
+    def _tiled_product(self, x_MI: Tensor) -> Tensor:
+        """In the dtype of the file's scales, which is what the kernels take; in x's dtype again."""
+        assert len(self.shape) == 2
+        x, call = x_MI.to(self.file_dtype), torch.ops.compressor
+        if self.spec.activation_bits:
+            return call.w8a8_tiled_linear(x, self.words, self.scales.float(), None).to(x_MI.dtype)
+        group_size = self.spec.group_size or self.shape[-1]
+        scales = self.scales.to(self.file_dtype)
+        return call.int4_tiled_linear(x, self.words, scales, self.zeros, group_size).to(x_MI.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, shape={self.shape}, layout={self.layout}"
@@ -195,6 +186,7 @@ class PackedExperts(nn.Module):
     """Stands where the stacked experts of a layer were quantized: same call, same routing, packed weights.
 
     `template` is the experts module that it replaces, without its weights: it still knows its activation and gating.
+    In the CUDA layout all experts are one call, which needs nothing from the host.
     """
 
     def __init__(self, gate_up: PackedWeight, down: PackedWeight, template: Any):
@@ -202,14 +194,48 @@ class PackedExperts(nn.Module):
         self.gate_up, self.down = gate_up, down
         self.template: Any = template
         self.num_experts = gate_up.shape[0]
+        self.activation = _activation(template)
+        one_scheme = gate_up.spec == down.spec and gate_up.file_dtype == down.file_dtype
+        fit = all(fits_cuda(one.spec, one.shape, one.file_dtype) for one in (gate_up, down))
+        if self.activation and one_scheme and fit and self.num_experts <= MAX_EXPERTS:
+            gate_up.stacked_for, down.stacked_for = "gate_up", "down"
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all experts are one call."""
+        return self.gate_up.layout == self.down.layout == CUDA
 
     def forward(self, hidden_MD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.at_once:
+            return self._at_once(hidden_MD, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_MD)
         for expert, tokens, slots in routed(top_k_index, self.num_experts):
             gated = self.template._apply_gate(self.gate_up.matmul(hidden_MD[tokens], expert))
             weighted = self.down.matmul(gated, expert) * top_k_weights[tokens, slots, None]
             output.index_add_(0, tokens, weighted.to(output.dtype))
         return output
+
+    def _at_once(self, hidden_MD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up, down, dtype = self.gate_up, self.down, self.gate_up.file_dtype
+        out = torch.ops.compressor.int4_experts(
+            hidden_MD.to(dtype),
+            top_k_index,
+            top_k_weights if top_k_weights.dtype == dtype else top_k_weights.float(),
+            gate_up.words,
+            gate_up.scales.to(dtype),
+            down.words,
+            down.scales.to(dtype),
+            gate_up.spec.group_size,
+            self.activation,
+        )
+        return out.to(hidden_MD.dtype)
+
+
+def _activation(template: Any) -> str | None:
+    """Which of the kernels' activations gates these experts: tried, since modules may gate as they like."""
+    gate, up = torch.linspace(-30, 30, 16, device="cpu"), torch.linspace(20, -30, 16, device="cpu")
+    found = template._apply_gate(torch.cat([gate, up])[None])[0]
+    return next((name for name in ACTIVATIONS if torch.allclose(found, activate(gate, name) * up, atol=1e-6)), None)
 
 
 def routed(top_k_index: Tensor, num_experts: int) -> list[tuple[int, Tensor, Tensor]]:

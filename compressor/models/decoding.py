@@ -18,9 +18,10 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compressor.algorithms.rounding import round_to_nearest
-from compressor.layers import joined
+from compressor.layers import PackedExperts, joined
 from compressor.models.anatomy import Block
 from compressor.models.decoder import Decoder, attention_scale, describe_decoder, norm_weight
+from compressor.models.graphs import GraphedStep, room_for
 from compressor.models.model import Model
 from compressor.quant import QuantSpec
 from compressor.runtimes.generating import generate
@@ -94,7 +95,10 @@ class StaticDecoder(nn.Module):
         self._head = module.get_submodule(family.head)
         self._final_norm = norm_weight(module.get_submodule(family.norm)).to(self.dtype)
         blocks = module.get_submodule(family.blocks)
-        self._layers = [_layer(model.anatomy(k), blocks[k], self.decoder, self.dtype) for k in range(len(blocks))]
+        anatomy = [model.anatomy(k) for k in range(len(blocks))]
+        self._layers = [_layer(block, blocks[block.index], self.decoder, self.dtype) for block in anatomy]
+        self._experts = [blocks[block.index].get_submodule(family.experts) for block in anatomy if block.experts]
+        self._graphs: dict[tuple[int, int], GraphedStep] = {}
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}  # cos and sin by kind of rotary, as long as was needed
         self._standing_in: WeakKeyDictionary[Cache, StaticCache] = WeakKeyDictionary()
         self._int8_head = _int8_rows(self._head.weight) if int8_head else None
@@ -114,8 +118,22 @@ class StaticDecoder(nn.Module):
         return StaticCache(self.decoder, batch, room, self.dtype, self.device)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue prompts `[B, P]`, padded on the left; see `runtimes.generating.generate` for the options."""
-        return generate(self, input_ids, attention_mask, **options)
+        """Continue prompts `[B, P]`, padded on the left; see `runtimes.generating.generate` for the options.
+
+        On a GPU each token replays a CUDA graph, captured once for a batch and room.
+        """
+        if self.device.type != "cuda" or not self.static:
+            return generate(self, input_ids, attention_mask, **options)
+        batch, prompt = input_ids.shape
+        key = batch, room_for(prompt + options["max_new_tokens"], FIRST_ROOM)
+        if key not in self._graphs:
+            self._graphs[key] = GraphedStep(self, *key, capture=True)
+        return generate(self._graphs[key], input_ids, attention_mask, **options)
+
+    @property
+    def static(self) -> bool:
+        """Whether a step's shapes do not depend on its numbers: experts have to be one call."""
+        return all(isinstance(experts, PackedExperts) and experts.at_once for experts in self._experts)
 
     @torch.inference_mode()
     def forward(
@@ -158,6 +176,33 @@ class StaticDecoder(nn.Module):
         logits = self._logits(self._norm(kept, self._final_norm))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
 
+    @torch.inference_mode()
+    def step(self, ids_B1: Tensor, positions_B1: Tensor, place_1: Tensor, held: Tensor, seen_BT: Tensor) -> Tensor:
+        """Logits `[B, 1, V]` of one token a sequence, whose keys and values go to a place of a room of T tokens.
+
+        The same launches on the same memory for every place: what a CUDA graph can hold. `held` as in `StaticCache`,
+        without NaN anywhere; `seen_BT` is False for padding. Call `prepare_tables` before.
+        """
+        room = held.shape[4]
+        places = torch.arange(room, device=self.device)
+        seen = seen_BT & (places <= place_1)
+        masks = {
+            window: (seen if window is None else seen & (places > place_1 - window))[:, None, None]
+            for window in {layer.window for layer in self._layers}
+        }
+        turns = {kind: self._turn(kind, positions_B1, room) for kind in self.decoder.rotary}
+        hidden = self._embedding(ids_B1)
+        for index, layer in enumerate(self._layers):
+            hidden = self._block(layer, hidden, held[index], place_1, turns[layer.rotary], masks[layer.window])
+        return self._logits(self._norm(hidden, self._final_norm))
+
+    def prepare_tables(self, room: int) -> list[Tensor]:
+        """The tables of rotations, for so many positions at least; whoever captures a step has to keep them."""
+        nowhere = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        for kind in self.decoder.rotary:
+            self._turn(kind, nowhere, room)
+        return [table for tables in self._tables.values() for table in tables]
+
     def _cache_for(self, given: StaticCache | Cache | None, batch: int) -> StaticCache:
         if isinstance(given, Cache):
             if given not in self._standing_in:
@@ -172,7 +217,9 @@ class StaticDecoder(nn.Module):
 
     # -- the parts of a step ----------------------------------------------------------------------------------------
 
-    def _block(self, layer: _Layer, hidden: Tensor, held: Tensor, past: int, turn: Any, mask: Tensor | None) -> Tensor:
+    def _block(
+        self, layer: _Layer, hidden: Tensor, held: Tensor, past: int | Tensor, turn: Any, mask: Tensor | None
+    ) -> Tensor:
         attended = self._attention(layer, self._norm(hidden, layer.before_attention), held, past, turn, mask)
         if layer.after_attention is not None:  # Gemma 2 and 3: norms around both parts
             attended = self._norm(attended, layer.after_attention)
@@ -183,14 +230,26 @@ class StaticDecoder(nn.Module):
         return hidden + out
 
     def _attention(
-        self, layer: _Layer, x: Tensor, held: Tensor, past: int, turn: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        layer: _Layer,
+        x: Tensor,
+        held: Tensor,
+        past: int | Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
+        """`past`: tokens before these; or, for one token, the place `[1]` where it goes: `mask` is then of the room."""
         batch, new, _ = x.shape
         query, key, value = self._queries_keys_values(layer, x)
-        total = past + new
-        keys, values = held[0, :, :, :total], held[1, :, :, :total]
-        keys[:, :, past:] = _turned(key, turn)
-        values[:, :, past:] = value
+        if isinstance(past, Tensor):
+            keys, values = held[0], held[1]
+            keys.index_copy_(2, past, _turned(key, turn))
+            values.index_copy_(2, past, value)
+        else:
+            total = past + new
+            keys, values = held[0, :, :, :total], held[1, :, :, :total]
+            keys[:, :, past:] = _turned(key, turn)
+            values[:, :, past:] = value
         if mask is None and layer.window is not None and new == 1:  # older keys are out of sight
             keys, values = keys[:, :, -layer.window :], values[:, :, -layer.window :]
         mixed = self._attend(_turned(query, turn), keys, values, layer.scale, mask, causal=new > 1)

@@ -1,12 +1,14 @@
 """Text from a model: any that can be opened, in the fastest way there is for it here."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from compressor.errors import RecipeError, UnsupportedModel
 from compressor.models import DESCRIBED, StaticDecoder, wrap_live
+from compressor.pipeline.live import load
 from compressor.pipeline.onnx_subject import stored_model
 from compressor.runtimes import OnnxModel
 from compressor.runtimes.generating import generate as continue_tokens
@@ -19,23 +21,31 @@ def generate(
     *,
     tokenizer: Any = None,
     int8_head: bool = False,
+    device: str | None = None,
     **sampling: Any,
 ) -> Any:
     """Continue a prompt (or each of several, in one batch), greedily unless `do_sample=True`; the text with the prompt.
 
     The model by name, or a live one with its tokenizer. `sampling`: `do_sample`, `temperature`, `top_k`, `top_p`,
-    `seed`. `int8_head` computes logits with the output head in int8, where the model is one of torch.
+    `seed`. `int8_head` computes logits with the output head in int8, where the model is one of torch on a CPU. `device`
+    is where a model given by name computes, "cpu" (None) or "cuda"; a live one computes where it is.
     """
     if isinstance(model, str):
+        if device not in (None, "cpu"):
+            from_name = {"tokenizer": stored_model(model).tokenizer, "int8_head": int8_head}
+            return generate(load(model, device=device), prompt, max_new_tokens, **from_name, **sampling)
         stored = stored_model(model)
         with stored.live() as module:
             return generate(module, prompt, max_new_tokens, tokenizer=stored.tokenizer, int8_head=int8_head, **sampling)
+    if device is not None:
+        raise RecipeError(f"generate: device {device!r} is for a model given by name; move a live one before")
     if tokenizer is None:
         raise RecipeError("generate: a live model needs its tokenizer")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
-    ids = continue_tokens(
-        fast_decoder(model, int8_head=int8_head),
+    decoder = fast_decoder(model, int8_head=int8_head)
+    go_on = decoder.generate if isinstance(decoder, StaticDecoder) else partial(continue_tokens, decoder)
+    ids = go_on(
         inputs["input_ids"],
         inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
@@ -53,4 +63,6 @@ def fast_decoder(model: nn.Module, *, int8_head: bool = False) -> Any:
         if int8_head:
             raise UnsupportedModel(f"int8_head: not for {type(model).__name__}; it takes {', '.join(DESCRIBED)}")
         return model
+    if int8_head and next(model.parameters()).device.type != "cpu":
+        raise RecipeError("int8_head: its op is one of the CPU; leave it out, or compute there")
     return StaticDecoder(wrap_live(model, None), model, int8_head=int8_head)

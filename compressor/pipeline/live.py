@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import DEMO_TEXT, Calibration, Progress, load_texts, windows
-from compressor.errors import RecipeError
+from compressor.errors import EnvironmentProblem, RecipeError
 from compressor.exporters.onnx import ENCODERS
-from compressor.layers import CPU, relayout
+from compressor.kernels import cuda
+from compressor.layers import CPU, CUDA, relayout
 from compressor.metrics import describe_environment
 from compressor.metrics.behaviour import measure_similarity
 from compressor.metrics.tasks import harness as run_harness
@@ -68,19 +69,27 @@ def apply(
     return Applied(model, tuple(ledgers))
 
 
-def load(name: str | Path, *, fast: bool = True) -> nn.Module:
+def load(name: str | Path, *, fast: bool = True, device: str = "cpu") -> nn.Module:
     """A transformers model in memory, ready to use; weights of an exported folder stay packed.
 
-    `fast=True` puts packed weights into the layout of the fastest CPU op where there is one; False computes exactly. An
-    ONNX folder is opened in onnxruntime, as an `OnnxModel` or an `OnnxEncoder`.
+    `device` "cuda" puts it on the GPU; EnvironmentProblem where our CUDA kernels cannot run. `fast=True` puts packed
+    weights into the layout of the fastest op there, where there is one; False computes exactly. An ONNX folder is
+    opened in onnxruntime, as an `OnnxModel` or an `OnnxEncoder`.
     """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"device {device!r}: possible are cpu and cuda")
     if is_onnx(name):
+        if kind != "cpu":
+            raise RecipeError(f"{name} is an ONNX folder, which computes on the CPU; leave the device out")
         if read_model_type(Path(name)) in ENCODERS:
             return open_onnx_encoder(Path(name))
         return open_onnx(Path(name), accuracy_level=None if fast else 0)
-    module = stored_model(name).take_live()
+    if kind == "cuda" and (reason := cuda.available()):
+        raise EnvironmentProblem(f"device {device!r}: our CUDA kernels cannot run here: {reason}")
+    module = stored_model(name).take_live().to(device)
     if fast:
-        relayout(module, CPU)
+        relayout(module, CUDA if kind == "cuda" else CPU)
     return module
 
 
@@ -166,8 +175,9 @@ def doctor() -> dict[str, Any]:
             "int4": "aten int4pack on the CPU: groups of 32, 64, 128, rows a multiple of 16",
             "int8": "aten int8pack on the CPU: symmetric, one scale a row",
             "other": "exact: dequantized for each product",
-            "cuda": "none in this version: runs compute on the CPU"
-            + ("" if torch.cuda.is_available() else ", and torch sees no GPU here"),
+            "cuda": f"not here: {reason}"
+            if (reason := cuda.available())
+            else "our kernels, compiled at first use: int4 and its experts, W8A8, KV cache in 4 and 8 bits",
         },
         "bfloat16_products": "native" if any("bf16" in flag for flag in cpu["instruction_sets"]) else "emulated, slow",
         "optional": found,

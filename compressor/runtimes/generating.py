@@ -33,22 +33,25 @@ def generate(
     Prompts of different lengths are padded on the left, with zeros in `attention_mask`. Greedy, or drawn from the
     `top_k` most likely tokens (0: all), the fewest of which hold `top_p` of the probability, at a temperature; the same
     seed draws the same. A row ends at one of `eos_token_id` (the model's own if None, never if empty), but not before
-    `min_new_tokens`. RecipeError for settings that mean nothing.
+    `min_new_tokens`. The result is on the CPU, wherever the model is. RecipeError for settings that mean nothing.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
+    device = model.device
+    input_ids = input_ids.cpu()
     batch = input_ids.shape[0]
     ends = _ends(model, eos_token_id)
     pad = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
-    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.cpu()
     positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
     draw = torch.Generator().manual_seed(seed)
     ended_B = torch.zeros(batch, dtype=torch.bool)
     written, cache, ids = [input_ids], None, input_ids
     for count in range(max_new_tokens):
-        out = model(ids, mask_BT, positions, past_key_values=cache, logits_to_keep=1)
+        inputs = (tensor.to(device) for tensor in (ids, mask_BT, positions))
+        out = model(*inputs, past_key_values=cache, logits_to_keep=1)
         cache, logits_BV = out.past_key_values, out.logits[:, -1].float()
         if count < min_new_tokens and ends:
-            logits_BV[:, ends] = -torch.inf
+            logits_BV = logits_BV.index_fill(1, torch.tensor(ends, device=logits_BV.device), -torch.inf)
         next_B = _drawn(logits_BV, temperature, top_k, top_p, draw) if do_sample else _greediest(logits_BV)
         next_B[ended_B] = pad
         ids = next_B[:, None]
@@ -62,12 +65,14 @@ def generate(
 
 
 def _greediest(logits_BV: Tensor) -> Tensor:
+    if logits_BV.is_cuda:
+        return logits_BV.argmax(1).cpu()
     # Not torch's argmax: after it torch's threads spin on cores that onnxruntime wants.
     return torch.from_numpy(logits_BV.numpy().argmax(1))
 
 
 def _drawn(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator) -> Tensor:
-    logits_BV = logits_BV / temperature
+    logits_BV = logits_BV.cpu() / temperature
     sorted_BV, tokens_BV = logits_BV.sort(dim=-1, descending=True)
     probabilities_BV = sorted_BV.softmax(-1)
     if top_k:

@@ -18,6 +18,7 @@ class FakeModel:
     """Gives the same logits `[V]` for every next token, or those that a list says step by step for each row."""
 
     generation_config = SimpleNamespace(eos_token_id=[EOS, 8])
+    device = torch.device("cpu")
 
     def __init__(self, logits=None, script=None):
         self.logits, self.script, self.seen = logits, script, []

@@ -1,4 +1,4 @@
-"""Products of many tokens with an int4 weight on a CPU: dense a slice of rows at a time, in the layout of ATen's op.
+"""Products of many tokens with an int4 or int8 weight on a CPU: dense a slice of rows at a time.
 
 M tokens, O output features, I input features, G groups in a row, N blocks of rows, B rows of a block. ATen's op is made
 for a few tokens: at 512 it takes twenty times as long as a dense product (docs/kernels.md).
@@ -66,19 +66,45 @@ def rows_of_block() -> int | None:
     return next(found, None)
 
 
+def multiply_int8(x_MI: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
+    """x times the transposed int8 weight, `[M, O]`: codes are exact in bfloat16, their scales come afterwards."""
+    rows = max(1, SLICE_BYTES // (2 * x_MI.shape[1]))
+    parts = [
+        (x_MI @ codes.to(torch.bfloat16).T).mul_(scales)
+        for codes, scales in zip(codes_OI.split(rows), scales_O.split(rows), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 @cache
 def from_tokens() -> int | None:
-    """From how many tokens on the dense way is the faster one here: measured once a process; None for never."""
+    """From how many tokens on an int4 product is faster dense, here: measured once a process; None for never."""
     if rows_of_block() is None:
         return None
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, TRIED_SHAPE, generator=generator, dtype=torch.int32)
+    codes = torch.arange(16, dtype=torch.int32).repeat(TRIED_SHAPE[0], TRIED_SHAPE[1] // 16)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales_zeros = torch.ones(TRIED_SHAPE[1] // TRIED_GROUP, TRIED_SHAPE[0], 2, dtype=torch.bfloat16)
+    return _crossing(
+        lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, TRIED_GROUP, scales_zeros),
+        lambda x: multiply(x, packed, scales_zeros),
+    )
+
+
+@cache
+def int8_from_tokens() -> int | None:
+    """From how many tokens on a product with int8 weights is faster dense, here: measured once a process."""
+    codes = torch.ones(TRIED_SHAPE, dtype=torch.int8)
+    scales = torch.ones(TRIED_SHAPE[0], dtype=torch.bfloat16)
+    return _crossing(
+        lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales), lambda x: multiply_int8(x, codes, scales)
+    )
+
+
+def _crossing(few: Callable[[Tensor], Tensor], many: Callable[[Tensor], Tensor]) -> int | None:
+    """The smallest number of tokens tried at which the second way is the faster one."""
     for tokens in TRIED_TOKENS:
         x = torch.ones(tokens, TRIED_SHAPE[1], dtype=torch.bfloat16)
-        few = partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, TRIED_GROUP, scales_zeros)
-        if _seconds(partial(multiply, x, packed, scales_zeros)) < _seconds(few):
+        if _seconds(partial(many, x)) < _seconds(partial(few, x)):
             return tokens
     return None
 

@@ -38,7 +38,13 @@ def int4_linear_cpu(x_MI: Tensor, packed: Tensor, scales_zeros: Tensor, group_si
 
 
 def int8_linear_cpu(x_MI: Tensor, codes_OI: Tensor, scales_O: Tensor) -> Tensor:
-    """x times the transposed int8 weight with one scale a row; output `[M, O]` in x's dtype."""
+    """x times the transposed int8 weight with one scale a row; output `[M, O]` in x's dtype.
+
+    Few tokens go through ATen's op, many through dense slices of the weight, whichever is faster on this machine.
+    """
+    many = cpu_dense.int8_from_tokens()
+    if many is not None and len(x_MI) >= many:
+        return cpu_dense.multiply_int8(x_MI.to(torch.bfloat16), codes_OI, scales_O).to(x_MI.dtype)
     return torch.ops.aten._weight_int8pack_mm(x_MI.to(torch.bfloat16), codes_OI, scales_O).to(x_MI.dtype)
 
 

@@ -61,8 +61,21 @@ def test_both_ways_of_the_op_are_the_float64_product(monkeypatch, many):
     assert float((found - expected).norm() / expected.norm()) <= 5e-3
 
 
-def test_the_way_is_chosen_once():
+@pytest.mark.parametrize("many", [1, None])
+def test_both_ways_of_int8_are_the_float64_product(monkeypatch, many):
+    monkeypatch.setattr(cpu_dense, "int8_from_tokens", lambda: many)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (96, 128), generator=generator, dtype=torch.int8)
+    scales = torch.rand(96, generator=generator).to(torch.bfloat16)
+    x = torch.randn(9, 128, generator=generator).to(torch.bfloat16)
+    expected = x.double() @ (codes.double() * scales.double().unsqueeze(1)).T
+    found = ops.int8_linear_cpu(x, codes, scales).double()
+    assert float((found - expected).norm() / expected.norm()) <= 4e-3
+
+
+@pytest.mark.parametrize("choice", [cpu_dense.from_tokens, cpu_dense.int8_from_tokens], ids=["int4", "int8"])
+def test_the_way_is_chosen_once(choice):
     """A number of tokens that was tried, or never; asked again, the same."""
-    chosen = cpu_dense.from_tokens()
+    chosen = choice()
     assert chosen is None or chosen in cpu_dense.TRIED_TOKENS
-    assert cpu_dense.from_tokens() == chosen
+    assert choice() == chosen

@@ -13,13 +13,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compressor.algorithms.rounding import round_to_nearest
 from compressor.layers import PackedExperts, joined
 from compressor.models.anatomy import Block
+from compressor.models.attention import attend, seen_keys, turned
 from compressor.models.decoder import Decoder, attention_scale, describe_decoder, norm_weight
 from compressor.models.graphs import GraphedStep, room_for
 from compressor.models.model import Model
@@ -163,7 +164,7 @@ class StaticDecoder(nn.Module):
             position_ids = torch.arange(cache.length, total, device=self.device).expand(batch, new)
         turns = {kind: self._turn(kind, position_ids, total) for kind in self.decoder.rotary}
         masks = {
-            window: _mask(cache.length, new, window, attention_mask, self.device)
+            window: seen_keys(cache.length, new, window, attention_mask, self.device)
             for window in {layer.window for layer in self._layers}
         }
         hidden = self._embedding(input_ids)
@@ -243,16 +244,17 @@ class StaticDecoder(nn.Module):
         query, key, value = self._queries_keys_values(layer, x)
         if isinstance(past, Tensor):
             keys, values = held[0], held[1]
-            keys.index_copy_(2, past, _turned(key, turn))
+            keys.index_copy_(2, past, turned(key, turn))
             values.index_copy_(2, past, value)
         else:
             total = past + new
             keys, values = held[0, :, :, :total], held[1, :, :, :total]
-            keys[:, :, past:] = _turned(key, turn)
+            keys[:, :, past:] = turned(key, turn)
             values[:, :, past:] = value
         if mask is None and layer.window is not None and new == 1:  # older keys are out of sight
             keys, values = keys[:, :, -layer.window :], values[:, :, -layer.window :]
-        mixed = self._attend(_turned(query, turn), keys, values, layer.scale, mask, causal=new > 1)
+        softcap = self.decoder.softcap
+        mixed = attend(turned(query, turn), keys, values, mask, scale=layer.scale, softcap=softcap, causal=new > 1)
         return layer.attention.o_proj(mixed.transpose(1, 2).reshape(batch, new, -1))
 
     def _feed_forward(self, layer: _Layer, x: Tensor) -> Tensor:
@@ -280,30 +282,6 @@ class StaticDecoder(nn.Module):
             parts = [part.clamp(-decoder.clip_qkv, decoder.clip_qkv) for part in parts]
         query, key, value = (part.unflatten(-1, (-1, decoder.head_dim)).transpose(1, 2) for part in parts)
         return query, key, value
-
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None, *, causal: bool
-    ) -> Tensor:
-        """`[B, H, S, W]`; where one token is new, the heads that share keys are rows of one product."""
-        batch, heads, new, width = query.shape
-        share = heads // keys.shape[1]
-        if self.decoder.softcap:
-            grouped = query.unflatten(1, (-1, share)).flatten(2, 3)  # [B, K, share * S, W]
-            scores = self.decoder.softcap * (grouped @ keys.transpose(-1, -2) * (scale / self.decoder.softcap)).tanh()
-            scores = scores.unflatten(2, (share, new))
-            if mask is None and causal:
-                mask = _mask(keys.shape[2] - new, new, None, None, query.device, always=True)
-            if mask is not None:
-                scores = scores.masked_fill(~mask.unsqueeze(2), -torch.inf)
-            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).flatten(2, 3)
-            return (weights @ values).unflatten(2, (share, new)).flatten(1, 2)
-        if new == 1:
-            grouped = query.reshape(batch, -1, share, width)
-            mixed = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-            return mixed.reshape(batch, heads, 1, width)
-        return scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=share > 1
-        )
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm. On a CPU torch has no kernel for it, but x beside -x has no mean, and a kernel for layer norms."""
@@ -377,37 +355,3 @@ def _as_one(owner: Any, whole: str, parts: tuple[str, ...]) -> Any | None:
     if hasattr(owner, whole):
         return getattr(owner, whole)
     return joined([getattr(owner, part) for part in parts]) if all(hasattr(owner, part) for part in parts) else None
-
-
-def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """The first 2R numbers of each head, rotated in halves as transformers does; the rest as they are."""
-    cos, sin = turn
-    width = cos.shape[-1]
-    rotated = x[..., :width]
-    rotated = torch.addcmul(rotated * cos, rotated.roll(width // 2, -1), sin)
-    return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)
-
-
-def _mask(
-    past: int,
-    new: int,
-    window: int | None,
-    attention_mask: Tensor | None,
-    device: torch.device,
-    *,
-    always: bool = False,
-) -> Tensor | None:
-    """Which keys a new token sees, bool `[B or 1, 1, S, T]`; None where it is all before it (or the last `window`)."""
-    total = past + new
-    if attention_mask is None and not always and (new == 1 or (past == 0 and (window is None or window >= total))):
-        return None
-    keys, queries = torch.arange(total, device=device), torch.arange(past, total, device=device).unsqueeze(1)
-    seen = keys <= queries
-    if window is not None:
-        seen &= keys > queries - window
-    seen = seen[None, None]
-    if attention_mask is None:
-        return seen
-    seen = seen & attention_mask[:, None, None, :].bool()
-    # A row that is padding sees itself: nothing would be left to average, and NaN spreads
-    return seen | (keys == queries)

@@ -32,7 +32,7 @@ def run(
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>-<model>.")] = None,
     settings: Settings = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu (a run takes no other in this version).")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming an interrupted run.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

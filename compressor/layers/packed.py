@@ -103,10 +103,16 @@ class PackedWeight(nn.Module):
             raise ValueError(f"layout {layout!r}; possible are {', '.join(LAYOUTS)}")
         if layout == self.layout or not self.fits(layout):
             return
+        device = self.words.device
         held = self.words, self.scales, self.zeros
+        if self.layout == CPU:  # a module that was moved to a GPU as it was: only a CPU can read this layout
+            held = self.words.cpu(), self.scales.cpu(), self.zeros if self.zeros is None else self.zeros.cpu()
         gated = self.stacked_for == "gate_up"
         if self.layout != CANONICAL:
-            held = to_canonical(self.layout, self.spec, self.shape, held, gated=gated, dtype=self.file_dtype)
+            words, scales, zeros = to_canonical(
+                self.layout, self.spec, self.shape, held, gated=gated, dtype=self.file_dtype
+            )
+            held = words.to(device), scales.to(device), zeros if zeros is None else zeros.to(device)
         if layout != CANONICAL:
             held = to_layout(layout, self.spec, self.shape, held, gated=gated)
         self.words, self.scales, self.zeros = held

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import CheckpointReader, write_json, write_safetensors
 from compressor.errors import IntegrityError, UnsupportedModel
-from compressor.layers import CANONICAL, CPU, PackedWeight, packed_weights, relayout
+from compressor.layers import CPU, PackedWeight, packed_weights, relayout
 from compressor.models import packed_source
 from compressor.models.anatomy import Block, dequantized, find_block
 from compressor.models.families import Family
@@ -255,14 +255,18 @@ class Model:
     def live(self, *, layout: str = CPU) -> Iterator[nn.Module]:
         """The whole transformers model in memory; packed weights in the given layout meanwhile."""
         opened = [k for k in range(self.num_blocks) if self.is_stored and missing_weights(self.blocks[k])]
+        before: list[tuple[PackedWeight, str]] = []
         try:
             for k in opened:
                 self._load_block(k)
+            before = [(weight, weight.layout) for weight in packed_weights(self.skeleton).values()]
             # The fast ops round scales to bfloat16; a stored model reads its own again, one in memory would lose them
-            relayout(self.skeleton, layout, lambda weight: self.is_stored or weight.scales.dtype == torch.bfloat16)
+            kept = {id(weight) for weight, _ in before if not self.is_stored and weight.scales.dtype != torch.bfloat16}
+            relayout(self.skeleton, layout, lambda weight: id(weight) not in kept)
             yield self.skeleton
         finally:
-            relayout(self.skeleton, CANONICAL)
+            for weight, was in before:
+                weight.relayout(was)
             for k in opened:
                 self._unload_block(k)
 

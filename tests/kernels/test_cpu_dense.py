@@ -79,3 +79,11 @@ def test_the_way_is_chosen_once(choice):
     chosen = choice()
     assert chosen is None or chosen in cpu_dense.TRIED_TOKENS
     assert choice() == chosen
+
+
+def test_choosing_draws_nothing_from_torchs_generator():
+    """A seed gives the same text whether or not a product has been taken before."""
+    cpu_dense.rows_of_block.cache_clear()
+    before = torch.get_rng_state()
+    cpu_dense.rows_of_block()
+    assert torch.equal(torch.get_rng_state(), before)

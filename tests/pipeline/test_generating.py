@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from compressor.errors import RecipeError, UnsupportedModel
-from compressor.models import load_model
-from compressor.pipeline import generate
+from compressor.layers import CANONICAL, CPU, packed_weights, relayout
+from compressor.models import load_model, wrap_live
+from compressor.passes import Quantize
+from compressor.pipeline import apply, generate
 from compressor.pipeline.generating import fast_decoder
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -52,3 +54,33 @@ def test_an_int8_head_is_refused_for_a_family_that_our_loop_does_not_know():
     assert fast_decoder(model) is model
     with pytest.raises(UnsupportedModel, match="int8_head: not for GPT2LMHeadModel"):
         generate(model, "ab", tokenizer=tiny_tokenizer(), int8_head=True)
+
+
+def test_prompts_of_different_lengths_need_no_padding_token():
+    model, tokenizer = tiny_model("llama").eval(), tiny_tokenizer()
+    alone = [generate(model, one, 4, tokenizer=tokenizer, eos_token_id=()) for one in ("abcd", "b")]
+    tokenizer.pad_token = None
+    assert generate(model, ["abcd", "b"], 4, tokenizer=tokenizer, eos_token_id=()) == alone
+
+
+def test_a_setting_that_our_loop_does_not_know_goes_through_the_model_itself():
+    """Rotations that change with the length of the prompt."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope).eval()
+    assert fast_decoder(model) is model
+    assert generate(model, "ab", 2, tokenizer=tiny_tokenizer()).startswith("ab")
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(RecipeError, match="prompt 2 has no tokens"):
+        generate(tiny_model("llama"), ["a", ""], tokenizer=tiny_tokenizer())
+
+
+def test_a_live_model_keeps_its_layout_when_it_was_measured():
+    """What `live` lends out in another layout goes back to the one it was in."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    apply(model, [Quantize(method="rtn", scale_search="mse", group_size=32)])
+    relayout(model, CPU)
+    with wrap_live(model, None).live(layout=CANONICAL):
+        assert {weight.layout for weight in packed_weights(model).values()} == {CANONICAL}
+    assert {weight.layout for weight in packed_weights(model).values()} == {CPU}

@@ -10,6 +10,7 @@ T tokens, V vocabulary.
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,7 +80,10 @@ def unrounded_graph(folder: Path) -> Iterator[Path]:
             proto.graph.node.append(node)
         for file in folder.iterdir():
             if file.is_file() and file.name != "model.onnx":
-                os.link(file, Path(scratch) / file.name)
+                try:
+                    os.link(file, Path(scratch) / file.name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(file, Path(scratch) / file.name)
         onnx.save(proto, Path(scratch) / "model.onnx")
         yield Path(scratch)
 

@@ -64,6 +64,8 @@ def int4_linear_cuda(x_MK: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor
             f"x is {list(x_MK.shape)} {x_MK.dtype}; "
             f"this weight takes [M, {weight.columns}] {weight.dtype}, the dtype of its scales"
         )
+    if not x_MK.device == packed.device == scales.device:
+        raise ValueError(f"x is on {x_MK.device}, the weight on {packed.device}, its scales on {scales.device}")
     x_MK = aligned(x_MK)
     if 0 < len(x_MK) <= GEMV_TOKENS:
         return gemv(x_MK, packed, scales, zeros, weight)

@@ -1,4 +1,6 @@
-"""How a packed weight may lie in memory, which weights have a layout, and the ways between them, bit for bit.
+"""How a packed weight may lie in memory, which weights have a layout, and the ways between them.
+
+All keep every bit but one: the CPU's int4 op takes bfloat16 scales, so others do not come back from there as they were.
 
 O output features, I input features, G groups in a row, E experts. A weight is `Held`: words, scales and zeros, `[O, I]`
 or a stack `[E, O, I]`.
@@ -16,9 +18,8 @@ from compressor.quant import QuantSpec, pack_codes, unpack_codes
 
 CANONICAL = "canonical"  # docs/format.md: the layout of files; computes by dequantizing, exactly
 CPU = "cpu"  # ATen's int4pack, or plain int8 codes with one scale a row
-CUDA = (
-    "cuda"  # our kernels' tiles: T16x64 with scales `[G, O]` (kernels/layouts.py), K128 for W8A8 (kernels/cuda/w8a8.py)
-)
+# Our kernels' tiles: T16x64 with scales `[G, O]` (kernels/layouts.py), K128 for W8A8 (kernels/cuda/w8a8.py)
+CUDA = "cuda"
 LAYOUTS = (CANONICAL, CPU, CUDA)
 Held = tuple[Tensor, Tensor, Tensor | None]
 

@@ -98,7 +98,7 @@ class PackedWeight(nn.Module):
         return layout == CANONICAL or (not stands_alone and fits_cuda(self.spec, self.shape, self.file_dtype))
 
     def relayout(self, layout: str) -> None:
-        """Move to another layout in place, bit for bit; nothing changes where this weight does not have it (`fits`)."""
+        """Move to another layout in place (`layouts`); nothing changes where this weight does not have it (`fits`)."""
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}; possible are {', '.join(LAYOUTS)}")
         if layout == self.layout or not self.fits(layout):

@@ -90,7 +90,6 @@ class StaticDecoder(nn.Module):
         super().__init__()
         self.config, self.generation_config = module.config, module.generation_config
         self.decoder = describe_decoder(model)
-        self._module = [module]  # not a submodule: its weights are not ours
         family = model.family
         self._embedding = module.get_submodule(family.embedding)
         self._head = module.get_submodule(family.head)

@@ -261,8 +261,7 @@ class Model:
                 self._load_block(k)
             before = [(weight, weight.layout) for weight in packed_weights(self.skeleton).values()]
             # The fast ops round scales to bfloat16; a stored model reads its own again, one in memory would lose them
-            kept = {id(weight) for weight, _ in before if not self.is_stored and weight.scales.dtype != torch.bfloat16}
-            relayout(self.skeleton, layout, lambda weight: id(weight) not in kept)
+            relayout(self.skeleton, layout, lambda weight: self.is_stored or weight.scales.dtype == torch.bfloat16)
             yield self.skeleton
         finally:
             for weight, was in before:
